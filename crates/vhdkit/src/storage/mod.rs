@@ -1,0 +1,155 @@
+//! Bytes at offsets: everything the library asks of the outside world.
+//!
+//! A [`Storage`] knows nothing of VHDX. The library holds it as `Arc<dyn Storage>`; a virtual call beside a
+//! system call costs nothing. `FileStorage` is a regular file or a block device, `MemoryStorage` a sparse file
+//! in memory, `OverlayStorage` a view that keeps what is written to it in memory.
+
+use std::fmt::Debug;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+
+/// What tells two storages apart: opening the same file twice gives the same identity.
+///
+/// Chains use it to find cycles, and conversions to refuse a target that is the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct StorageIdentity {
+    /// The device that holds the file, or a number of the process for storage in memory.
+    pub device: u64,
+    /// The inode, or the address of the storage in memory.
+    pub inode: u64,
+}
+
+/// Positional, exact, shareable access to the bytes of one file.
+///
+/// All methods take `&self` and may be called from many threads. Reads and writes are exact: they transfer the
+/// whole buffer or fail. What may have been written when a write fails is unknown.
+pub trait Storage: Debug + Send + Sync {
+    /// The length in bytes (of a block device: its capacity).
+    ///
+    /// # Errors
+    /// The operating system's, when the length cannot be told.
+    fn len(&self) -> io::Result<u64>;
+
+    /// True when the storage has no bytes at all.
+    ///
+    /// # Errors
+    /// As [`Storage::len`].
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Fills `buf` from `offset`.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` when the range reaches past the end; otherwise the operating system's.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Writes all of `buf` at `offset`, growing a file when needed.
+    ///
+    /// # Errors
+    /// The operating system's; some of the bytes may have been written.
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Sets the length. Whether what a growth adds reads as zero is told by
+    /// [`Storage::growth_reads_zero`]. A block device accepts any length up to its capacity and ignores it.
+    ///
+    /// # Errors
+    /// The operating system's; `InvalidInput` for a block device that is too small.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// Makes everything written so far durable, the length included.
+    ///
+    /// # Errors
+    /// The operating system's. After a failure the state on the medium is unknown.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Whether space that [`Storage::set_len`] or a write past the end adds reads as zero.
+    fn growth_reads_zero(&self) -> bool {
+        true
+    }
+
+    /// Makes a range read as zero, by the cheapest means there is; writes zeros where there is none.
+    /// The range may reach past the end, which then grows.
+    ///
+    /// # Errors
+    /// As [`Storage::write_at`].
+    fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
+        write_zeros(self, range)
+    }
+
+    /// Gives the space of a range back; it then reads as zero. `Ok(false)`, with nothing changed, when the storage
+    /// cannot do that.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<bool> {
+        let _ = range;
+        Ok(false)
+    }
+
+    /// Reserves space for a range, so that later writes into it do not fail for lack of it. Grows the file to the
+    /// end of the range. `Ok(false)`, with nothing changed, when the storage cannot do that.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn allocate(&self, range: Range<u64>) -> io::Result<bool> {
+        let _ = range;
+        Ok(false)
+    }
+
+    /// The first range at or after `range.start`, clipped to `range`, that may hold data; what lies before it reads
+    /// as zero. `None` when all of `range` is a hole. Storage that cannot tell answers `Some(range)`.
+    /// Positions past the end count as hole.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        Ok((!range.is_empty()).then_some(range))
+    }
+
+    /// Makes a range here share the blocks of a range of `source` (reflink). `Ok(false)`, with nothing changed, when
+    /// the file system cannot do that for this pair or alignment.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn clone_range(&self, source: &dyn Storage, source_offset: u64, offset: u64, length: u64) -> io::Result<bool> {
+        let _ = (source, source_offset, offset, length);
+        Ok(false)
+    }
+
+    /// Copies a range from `source` inside the kernel. Returns how many bytes were copied from the start of the range
+    /// on: fewer than asked, down to 0, when the kernel cannot do (more of) it.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn copy_range(&self, source: &dyn Storage, source_offset: u64, offset: u64, length: u64) -> io::Result<u64> {
+        let _ = (source, source_offset, offset, length);
+        Ok(0)
+    }
+
+    /// The open file behind this storage, when there is just one and its offsets are this storage's offsets.
+    fn as_file(&self) -> Option<&File> {
+        None
+    }
+
+    /// What tells this storage apart from others, when it can be told.
+    fn identity(&self) -> Option<StorageIdentity> {
+        None
+    }
+}
+
+/// Zeros to write from, for storage that has no better way.
+static ZEROS: [u8; 256 * 1024] = [0; 256 * 1024];
+
+/// Writes zeros over `range` in pieces.
+fn write_zeros<S: Storage + ?Sized>(storage: &S, range: Range<u64>) -> io::Result<()> {
+    let mut offset = range.start;
+    while offset < range.end {
+        let left = usize::try_from(range.end - offset).unwrap_or(usize::MAX);
+        let piece = ZEROS.get(..left.min(ZEROS.len())).unwrap_or(&ZEROS);
+        storage.write_at(piece, offset)?;
+        offset += piece.len() as u64; // cannot pass range.end: piece is at most what is left
+    }
+    Ok(())
+}
