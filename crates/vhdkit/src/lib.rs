@@ -2,8 +2,10 @@
 
 pub mod error;
 pub mod format;
+pub mod image;
 pub mod storage;
 pub mod text;
 pub mod units;
 
 pub use error::{Error, ErrorKind, Result};
+pub use format::ident::{Probe, probe};

@@ -289,7 +289,7 @@ codes! {
     /// The second parent linkage is not a GUID.
     LocatorLinkage2 = "locator-linkage2", "V-149", Corrupt, Error Error Error;
     /// The parent locator has no path.
-    LocatorNoPath = "locator-no-path", "V-150", Corrupt, Warning Warning Error, hint "name the parent with --parent FILE";
+    LocatorNoPath = "locator-no-path", "V-150", Corrupt, Error Error Error, hint "name the parent with --parent FILE";
     /// No file was found where the parent could be.
     ParentNotFound = "parent-not-found", "V-151", ParentNotFound, Error Error Error;
     /// The parent's data write GUID is not the one that the child expects.
@@ -416,6 +416,16 @@ pub trait Findings {
     fn report(&mut self, code: Code, location: Location, detail: String) -> Result<()> {
         let finding = Finding::new(code, self.strictness(), location, detail);
         self.take(finding)
+    }
+
+    /// Takes a finding that nothing behind it can be made sense of, and gives the error to return.
+    fn fatal(&mut self, code: Code, location: Location, detail: String) -> Error {
+        let finding = Finding::new(code, self.strictness(), location, detail);
+        let error = Error::from_finding(&finding);
+        match self.take(finding) {
+            Ok(()) => error,
+            Err(error) => error,
+        }
     }
 }
 

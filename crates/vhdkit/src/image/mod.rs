@@ -1,0 +1,7 @@
+//! Disks: VHDX images and raw ones.
+
+mod device;
+mod raw;
+
+pub use device::{BlockDevice, Extent, ExtentKind, VisitExtent};
+pub use raw::RawDisk;
