@@ -10,8 +10,11 @@
 
 pub mod builder;
 pub mod content;
+pub mod foreign;
 pub mod guid;
+pub mod harness;
 pub mod layout;
+pub mod log;
 pub mod model;
 pub mod rng;
 pub mod sparse;
