@@ -1,1 +1,3 @@
 //! Test support of vhdkit.
+
+pub mod storage_suite;
