@@ -104,7 +104,8 @@ fn read(storage: &dyn Storage, range: Range<u64>) -> Vec<u8> {
 /// Compares, and tells the first difference instead of megabytes.
 fn check(storage: &dyn Storage, offset: u64, wanted: &[u8], when: &str) {
     let got = read(storage, offset..offset + wanted.len() as u64);
-    if let Some(at) = (0..wanted.len()).find(|&at| got[at] != wanted[at]) {
+    if got != wanted {
+        let at = (0..wanted.len()).find(|&at| got[at] != wanted[at]).unwrap();
         panic!("{when}: byte {:#x} is {:#04x}, not {:#04x}", offset + at as u64, got[at], wanted[at]);
     }
 }

@@ -16,18 +16,21 @@
 use std::io;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhdkit::ErrorKind;
 use vhdkit::storage::{FileAccess, FileKind, FileStorage, NewFile, NewFileOptions, Sharing, Storage};
 use vhdkit_testkit::storage_suite;
 
-/// Stops a test that was asked for without the means to run it.
-fn need_root_tests() {
+/// Stops a test that was asked for without the means to run it, and lets one run at a time: a process that another
+/// thread starts holds all open files for a moment, and their locks.
+fn need_root_tests() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
     assert!(
         std::env::var_os("VHDKIT_ROOT_TESTS").is_some_and(|value| value == "1"),
         "set VHDKIT_ROOT_TESTS=1 where there are root rights and loop devices; without them leave this test ignored"
     );
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn run(program: &str, arguments: &[&str]) -> String {
@@ -62,10 +65,10 @@ impl Drop for LoopDevice {
     }
 }
 
-/// A mounted file system on a loop device.
+/// A mounted file system, on a loop device if it needs a device.
 struct Mount {
     directory: tempfile::TempDir,
-    device: LoopDevice,
+    device: Option<LoopDevice>,
 }
 
 impl Mount {
@@ -74,7 +77,13 @@ impl Mount {
         run(&format!("mkfs.{kind}"), &[arguments, &[device.path.as_str()]].concat());
         let directory = tempfile::tempdir().unwrap();
         run("mount", &["-t", kind, &device.path, directory.path().to_str().unwrap()]);
-        Self { directory, device }
+        Self { directory, device: Some(device) }
+    }
+
+    fn without_device(kind: &str, options: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        run("mount", &["-t", kind, "-o", options, kind, directory.path().to_str().unwrap()]);
+        Self { directory, device: None }
     }
 
     fn file(&self) -> Arc<dyn Storage> {
@@ -99,7 +108,7 @@ impl Drop for Mount {
 #[ignore = "needs root and loop devices, and VHDKIT_ROOT_TESTS=1"]
 fn block_devices_pass() {
     const CAPACITY: u64 = storage_suite::FIXED_BYTES_MIN + 4096;
-    need_root_tests();
+    let _alone = need_root_tests();
     for sector in [512, 4096] {
         let device = LoopDevice::new(CAPACITY, sector);
         storage_suite::run(|| Arc::new(FileStorage::open(device.path(), FileAccess::Write, Sharing::Normal).unwrap()));
@@ -122,9 +131,9 @@ fn block_devices_pass() {
 #[test]
 #[ignore = "needs root and loop devices, and VHDKIT_ROOT_TESTS=1"]
 fn a_block_device_in_use_is_refused_as_target() {
-    need_root_tests();
+    let _alone = need_root_tests();
     let mount = Mount::new("xfs", &["-q"]);
-    let error = FileStorage::open_block_target(mount.device.path()).unwrap_err();
+    let error = FileStorage::open_block_target(mount.device.as_ref().unwrap().path()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
     assert!(error.message().contains("mounted") && error.hint().is_some(), "{error}");
     let free = LoopDevice::new(storage_suite::FIXED_BYTES_MIN, 512);
@@ -149,7 +158,7 @@ fn a_block_device_in_use_is_refused_as_target() {
 #[test]
 #[ignore = "needs root and loop devices, and VHDKIT_ROOT_TESTS=1"]
 fn xfs_passes_and_clones() {
-    need_root_tests();
+    let _alone = need_root_tests();
     let mount = Mount::new("xfs", &["-q", "-m", "reflink=1"]);
     storage_suite::run(|| mount.file());
     let (source, target) = (mount.file(), mount.file());
@@ -179,22 +188,69 @@ fn xfs_passes_and_clones() {
     assert_eq!(target.len().unwrap(), 15 << 20);
 }
 
+/// Makes new files in a directory, in each of the ways there are.
+fn new_files_work(directory: &Path) {
+    let path = directory.join("new");
+    for (unnamed, replace, content) in
+        [(true, false, "first"), (true, true, "second"), (false, true, "third"), (false, true, "fourth")]
+    {
+        let options = NewFileOptions { replace, unnamed, ..NewFileOptions::default() };
+        let new = NewFile::create(&path, options).unwrap();
+        new.storage().write_at(content.as_bytes(), 0).unwrap();
+        new.commit(true).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), content);
+    }
+    let error = NewFile::create(&path, NewFileOptions::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exists);
+    let reader = std::fs::File::open(&path).unwrap();
+    let options = NewFileOptions { replace: true, ..NewFileOptions::default() };
+    assert_eq!(NewFile::create(&path, options).unwrap_err().kind(), ErrorKind::Locked);
+    drop(reader);
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(std::fs::read_dir(directory).unwrap().filter(|entry| is_ours(entry.as_ref().unwrap())).count(), 0);
+}
+
+/// Whether an entry is not part of the file system's own furniture.
+fn is_ours(entry: &std::fs::DirEntry) -> bool {
+    entry.file_name() != "lost+found"
+}
+
 #[test]
 #[ignore = "needs root and loop devices, and VHDKIT_ROOT_TESTS=1"]
-fn a_file_system_without_holes_or_unnamed_files_passes() {
-    need_root_tests();
-    // FAT has no unnamed files, no holes, no punching and no zeroing.
-    let mount = Mount::new("vfat", &[]);
-    storage_suite::run(|| mount.file());
-    for replace in [false, true] {
-        let path = mount.directory.path().join("new");
-        let new = NewFile::create(&path, NewFileOptions { replace, ..NewFileOptions::default() }).unwrap();
-        assert!(new.temporary_path().unwrap().exists(), "it has no unnamed files");
-        new.storage().write_at(b"complete", 0).unwrap();
-        new.commit(true).unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), b"complete");
-        assert_eq!(std::fs::read_dir(mount.directory.path()).unwrap().count(), 1);
+fn file_systems_that_can_do_less_pass() {
+    let _alone = need_root_tests();
+    for mount in [Mount::new("ext2", &["-q"]), Mount::without_device("ramfs", "mode=755")] {
+        storage_suite::run(|| mount.file());
+        new_files_work(mount.directory.path());
     }
-    let error = NewFile::create(&mount.directory.path().join("new"), NewFileOptions::default()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Exists);
+    let mount = Mount::without_device("ramfs", "mode=755");
+    let file = mount.file();
+    file.write_at(&[1; 4096], 0).unwrap();
+    assert!(!file.allocate(0..4096).unwrap() && !file.punch_hole(0..4096).unwrap(), "it has no fallocate");
+}
+
+#[test]
+#[ignore = "needs root and loop devices, and VHDKIT_ROOT_TESTS=1"]
+fn layers_as_containers_use_them_pass() {
+    let _alone = need_root_tests();
+    let layers = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let options: Vec<String> = [("lowerdir", "lower"), ("upperdir", "upper"), ("workdir", "work")]
+        .map(|(option, name)| {
+            let directory = layers.path().join(name);
+            std::fs::create_dir(&directory).unwrap();
+            format!("{option}={}", directory.display())
+        })
+        .into();
+    std::fs::write(layers.path().join("lower/old"), "below").unwrap();
+    let mount = Mount::without_device("overlay", &options.join(","));
+    storage_suite::run(|| mount.file());
+    let path = mount.directory.path().join("old");
+    let options = NewFileOptions { replace: true, ..NewFileOptions::default() };
+    let new = NewFile::create(&path, options).unwrap();
+    new.storage().write_at(b"above", 0).unwrap();
+    new.commit(true).unwrap();
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "above");
+    assert_eq!(std::fs::read_to_string(layers.path().join("lower/old")).unwrap(), "below");
+    std::fs::remove_file(&path).unwrap();
+    new_files_work(mount.directory.path());
 }
