@@ -26,7 +26,7 @@ const EDGES: &[u64] = &[0, 1, 511, 512, 4095, 4096, 4097, 65535, 65536, 65537, 1
 
 /// Runs all of the suite. `make` gives storage that nobody else uses; it may hold anything.
 pub fn run(make: impl Fn() -> Arc<dyn Storage>) {
-    let cases: &[(&str, fn(&Subject<'_>))] = &[
+    let cases: &[(&str, Case)] = &[
         ("exact reads and writes at odd offsets", odd_offsets),
         ("the end", the_end),
         ("positions that no file has", far_positions),
@@ -48,6 +48,9 @@ pub fn run(make: impl Fn() -> Arc<dyn Storage>) {
         case(&Subject { make: &make });
     }
 }
+
+/// One part of the suite.
+type Case = fn(&Subject<'_>);
 
 /// What is tested.
 struct Subject<'a> {
@@ -419,7 +422,7 @@ fn growing_threads(subject: &Subject<'_>) {
             scope.spawn(move || {
                 for round in 0..ROUNDS {
                     let offset = (round * THREADS + thread) * SLOT;
-                    if thread % 2 == 0 {
+                    if thread.is_multiple_of(2) {
                         storage.write_at(&pattern(SLOT as usize, offset), offset).unwrap();
                     } else {
                         storage.zero_range(offset..offset + SLOT).unwrap();
@@ -429,7 +432,11 @@ fn growing_threads(subject: &Subject<'_>) {
         }
     });
     for slot in 0..THREADS * ROUNDS {
-        let wanted = if slot % THREADS % 2 == 0 { pattern(SLOT as usize, slot * SLOT) } else { vec![0; SLOT as usize] };
+        let wanted = if (slot % THREADS).is_multiple_of(2) {
+            pattern(SLOT as usize, slot * SLOT)
+        } else {
+            vec![0; SLOT as usize]
+        };
         check(&*storage, slot * SLOT, &wanted, "after growing from many threads");
     }
 }
@@ -450,72 +457,95 @@ fn random_programs(subject: &Subject<'_>) {
     }
 }
 
+/// How far random programs reach.
+const SPACE: u64 = 300_000;
+
 /// Runs random operations on storage that holds `initial` at its start, and compares with a model after each.
 pub fn random_program(storage: &dyn Storage, initial: Vec<u8>, seed: u64, steps: u32) {
-    const SPACE: u64 = 300_000;
     let fixed = is_fixed(storage);
-    let stale = !storage.growth_reads_zero();
-    // What a byte must be; None when growth may have put anything there.
-    let mut model: Vec<Option<u8>> = initial.into_iter().map(Some).collect();
+    let mut model =
+        Model { bytes: initial.into_iter().map(Some).collect(), growth: storage.growth_reads_zero().then_some(0) };
     if fixed {
-        model.resize(SPACE as usize, None);
+        model.bytes.resize(SPACE as usize, None);
     } else {
-        storage.set_len(model.len() as u64).unwrap();
+        storage.set_len(model.bytes.len() as u64).unwrap();
     }
     let mut state = seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1;
     for step in 0..steps {
-        let start = next_random(&mut state) % SPACE;
-        let length = match next_random(&mut state) % 4 {
-            0 => next_random(&mut state) % 10,
-            1 => next_random(&mut state) % 5000,
-            2 => 4096 * (next_random(&mut state) % 40),
-            _ => next_random(&mut state) % SPACE,
+        let range = random_range(&mut state);
+        let operation = match next_random(&mut state) % 8 {
+            6 if fixed => 7, // it does not shrink
+            operation => operation,
         };
-        let aligned = next_random(&mut state) % 3 == 0;
-        let start = if aligned { start & !4095 } else { start };
-        let end = (start + length).min(SPACE).max(start);
-        let grow = |model: &mut Vec<Option<u8>>, end: u64| {
-            if (model.len() as u64) < end {
-                model.resize(end as usize, if stale { None } else { Some(0) });
-            }
-        };
-        let inside = |model: &[Option<u8>]| (start as usize).min(model.len())..(end as usize).min(model.len());
-        match next_random(&mut state) % 8 {
-            0..=2 => {
-                let bytes = pattern((end - start) as usize, seed + u64::from(step));
-                storage.write_at(&bytes, start).unwrap();
-                if !bytes.is_empty() {
-                    grow(&mut model, end);
-                }
-                let range = inside(&model);
-                model[range].iter_mut().zip(bytes).for_each(|(byte, new)| *byte = Some(new));
-            }
-            3 | 4 => {
-                storage.zero_range(start..end).unwrap();
-                if start < end {
-                    grow(&mut model, end);
-                }
-                let range = inside(&model);
-                model[range].fill(Some(0));
-            }
-            5 => {
-                if storage.punch_hole(start..end).unwrap() {
-                    let range = inside(&model);
-                    model[range].fill(Some(0));
-                }
-            }
-            6 if !fixed => {
-                storage.set_len(start).unwrap();
-                model.truncate(start as usize);
-                grow(&mut model, start);
-            }
-            _ => {
-                if storage.allocate(start..end).unwrap() && start < end {
-                    grow(&mut model, end);
-                }
+        random_step(storage, &mut model, operation, range, seed + u64::from(step));
+        compare(storage, &model.bytes, fixed, &format!("seed {seed}, step {step}"));
+    }
+}
+
+/// What storage must hold.
+struct Model {
+    /// `None` where growth may have put anything.
+    bytes: Vec<Option<u8>>,
+    /// What growth adds.
+    growth: Option<u8>,
+}
+
+impl Model {
+    fn grow(&mut self, end: u64) {
+        if (self.bytes.len() as u64) < end {
+            self.bytes.resize(end as usize, self.growth);
+        }
+    }
+
+    fn inside(&mut self, range: &Range<u64>) -> &mut [Option<u8>] {
+        let len = self.bytes.len();
+        &mut self.bytes[len.min(range.start as usize)..len.min(range.end as usize)]
+    }
+}
+
+fn random_range(state: &mut u64) -> Range<u64> {
+    let start = next_random(state) % SPACE;
+    let length = match next_random(state) % 4 {
+        0 => next_random(state) % 10,
+        1 => next_random(state) % 5000,
+        2 => 4096 * (next_random(state) % 40),
+        _ => next_random(state) % SPACE,
+    };
+    let start = if next_random(state).is_multiple_of(3) { start & !4095 } else { start };
+    start..(start + length).min(SPACE)
+}
+
+/// One operation, on the storage and on the model.
+fn random_step(storage: &dyn Storage, model: &mut Model, operation: u64, range: Range<u64>, seed: u64) {
+    // What is empty grows nothing.
+    let end = if range.is_empty() { 0 } else { range.end };
+    match operation {
+        0..=2 => {
+            let bytes = pattern((range.end - range.start) as usize, seed);
+            storage.write_at(&bytes, range.start).unwrap();
+            model.grow(end);
+            model.inside(&range).iter_mut().zip(bytes).for_each(|(byte, new)| *byte = Some(new));
+        }
+        3 | 4 => {
+            storage.zero_range(range.clone()).unwrap();
+            model.grow(end);
+            model.inside(&range).fill(Some(0));
+        }
+        5 => {
+            if storage.punch_hole(range.clone()).unwrap() {
+                model.inside(&range).fill(Some(0));
             }
         }
-        compare(storage, &model, fixed, &format!("seed {seed}, step {step}"));
+        6 => {
+            storage.set_len(range.start).unwrap();
+            model.bytes.truncate(range.start as usize);
+            model.grow(range.start);
+        }
+        _ => {
+            if storage.allocate(range).unwrap() {
+                model.grow(end);
+            }
+        }
     }
 }
 

@@ -71,7 +71,11 @@ fn a_new_file_appears_when_it_is_complete() {
             new.commit(true).unwrap();
             assert_eq!(fs::read(&path).unwrap(), b"complete");
             assert_eq!(names(directory.path()), ["new image"]);
+            let usual = directory.path().join("usual");
+            File::create(&usual).unwrap();
+            assert_eq!(fs::metadata(&path).unwrap().mode(), fs::metadata(&usual).unwrap().mode());
             fs::remove_file(&path).unwrap();
+            fs::remove_file(&usual).unwrap();
         }
     }
 }

@@ -29,7 +29,7 @@ enum Wrong {
     PunchesNothing,
     PunchGrows,
     ReadsPastTheEnd,
-    WrongErrorAtTheEnd,
+    OtherErrorAtTheEnd,
     WritesOneByteLess,
     KeepsWhatWasCutOff,
     GrowthIsNotZero,
@@ -67,7 +67,7 @@ impl Storage for Mistaken {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         match self.inner.read_at(buf, offset) {
             Err(_) if self.wrong == Wrong::ReadsPastTheEnd => Ok(()),
-            Err(_) if self.wrong == Wrong::WrongErrorAtTheEnd => Err(io::ErrorKind::InvalidInput.into()),
+            Err(_) if self.wrong == Wrong::OtherErrorAtTheEnd => Err(io::ErrorKind::InvalidInput.into()),
             Err(_) if self.wrong == Wrong::PanicsFarOut && offset == u64::MAX => panic!("overflow"),
             other => other,
         }
@@ -174,7 +174,7 @@ fn every_mistake_is_noticed() {
         Wrong::PunchesNothing,
         Wrong::PunchGrows,
         Wrong::ReadsPastTheEnd,
-        Wrong::WrongErrorAtTheEnd,
+        Wrong::OtherErrorAtTheEnd,
         Wrong::WritesOneByteLess,
         Wrong::KeepsWhatWasCutOff,
         Wrong::GrowthIsNotZero,

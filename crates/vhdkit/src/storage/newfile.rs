@@ -241,15 +241,18 @@ impl NewFile {
         let failed = |error: Errno| Error::io("cannot set the permissions of the new file", error.into());
         let new = rustix::fs::fstat(file).map_err(failed)?;
         let mut mode = Mode::from_raw_mode(old.st_mode) & (Mode::RWXU | Mode::RWXG | Mode::RWXO);
-        // Only a privileged caller may give files away. Setting the owner to what it is would do nothing.
-        if new.st_uid != old.st_uid && rustix::process::geteuid().is_root() {
-            rustix::fs::fchown(file, Some(Uid::from_raw(old.st_uid)), None).map_err(failed)?;
+        if new.st_uid != old.st_uid {
+            // Only a privileged caller may give files away. Otherwise it stays the caller's, who wrote it.
+            let _ = rustix::fs::fchown(file, Some(Uid::from_raw(old.st_uid)), None);
         }
         if new.st_gid != old.st_gid
             && rustix::fs::fchown(file, None, Some(Gid::from_raw(old.st_gid))).is_err()
             && !mode.contains(Mode::RWXO)
         {
             mode &= !Mode::RWXG; // the group is another one, which nobody gave these rights
+        }
+        if Mode::from_raw_mode(new.st_mode) == mode {
+            return Ok(()); // some file systems cannot set any
         }
         rustix::fs::fchmod(file, mode).map_err(failed)
     }
