@@ -1,4 +1,5 @@
 //! Test support of vhdkit.
+<<<<<<< HEAD
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -28,3 +29,7 @@ pub use guid::Guid;
 pub use layout::{Geometry, Layout};
 pub use model::ModelDisk;
 pub use sparse::SparseFile;
+=======
+
+pub mod storage_suite;
+>>>>>>> wip-storage
