@@ -1,5 +1,4 @@
 //! Test support of vhdkit.
-<<<<<<< HEAD
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -22,6 +21,7 @@ pub mod random;
 pub mod rng;
 pub mod sparse;
 pub mod spec;
+pub mod storage_suite;
 
 pub use builder::{BitmapSpec, BlockSpec, BuiltImage, ImageBuilder, Place};
 pub use content::{Content, SectorMask, pattern};
@@ -29,7 +29,3 @@ pub use guid::Guid;
 pub use layout::{Geometry, Layout};
 pub use model::ModelDisk;
 pub use sparse::SparseFile;
-=======
-
-pub mod storage_suite;
->>>>>>> wip-storage
