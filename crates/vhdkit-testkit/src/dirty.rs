@@ -8,6 +8,7 @@ use crate::builder::BuiltImage;
 use crate::guid::Guid;
 use crate::log::{DescriptorSpec, LogEntrySpec, LogRing, Placed};
 use crate::rng::Rng;
+use crate::sparse::is_zero;
 use crate::spec::{Checksum, put};
 
 /// A page of the file and of the log.
@@ -67,7 +68,7 @@ impl DirtyPlan {
     pub fn new(seed: u64) -> Self {
         Self {
             seed,
-            log_guid: Guid::seeded(seed ^ 0x6C6F_67),
+            log_guid: Guid::seeded(seed ^ 0x006C_6F67),
             first_sequence: 1 + (seed & 0xFFFF),
             ring_start: 0,
             pages: Vec::new(),
@@ -96,7 +97,7 @@ impl DirtyPlan {
     #[must_use]
     pub fn move_range(mut self, image: &BuiltImage, offset: u64, length: u64) -> Self {
         let pages = (offset / PAGE..(offset + length).div_ceil(PAGE)).map(|page| page * PAGE);
-        self.pages.extend(pages.filter(|page| image.file.read(*page, 4096).iter().any(|byte| *byte != 0)));
+        self.pages.extend(pages.filter(|page| !is_zero(&image.file.read(*page, 4096))));
         self
     }
 
