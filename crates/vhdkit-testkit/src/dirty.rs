@@ -286,3 +286,59 @@ impl<'work> Writer<'work> {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::builder::ImageBuilder;
+
+    #[test]
+    fn the_ring_holds_what_the_plan_says() {
+        let clean = ImageBuilder::new(8 << 20, 1 << 20).pattern_block(0, 1).pattern_block(1, 2).build();
+        let poison = clean.layout.payload_block(0);
+        let plan = DirtyPlan::new(3).move_bat(&clean).with(|plan| {
+            plan.retired = 2;
+            plan.poison = Some(poison);
+            plan.supersede = true;
+            plan.older_run = true;
+            plan.first_sequence = 100;
+            plan.ring_start = (1 << 20) - 3 * 4096;
+            plan.cut_file = Some(clean.file.len() - (1 << 20));
+        });
+        let mut image = clean.clone();
+        let placed = plan.apply(&mut image);
+        // Each retired entry takes three sectors; the second one ends in the ring's next round.
+        assert_eq!(placed.iter().map(|placed| placed.start).collect::<Vec<_>>(), [3 * 4096, 5 * 4096]);
+        for (sequence, place) in (102..).zip(&placed) {
+            let entry = image.layout.log + u64::from(place.start);
+            assert_eq!(image.file.read(entry, 4), b"loge");
+            assert_eq!(image.file.read_u32(entry + 12), placed[0].start);
+            assert_eq!(image.file.read_u64(entry + 16), sequence);
+            assert_eq!(image.file.read(entry + 32, 16), plan.log_guid.0);
+            assert_eq!(image.file.read_u64(entry + 48), image.file.len());
+            assert_eq!(image.file.read_u64(entry + 56), clean.file.len());
+        }
+        // The head carries the true page: first word in the descriptor, the rest in the sector.
+        let head = image.layout.log + u64::from(placed[1].start);
+        assert_eq!(image.file.read_u64(head + 72), clean.file.read_u64(clean.layout.bat));
+        assert!(image.file.read(head + 4096 + 8, 4084) == clean.file.read(clean.layout.bat + 8, 4084));
+        assert!(is_zero(&image.file.read(image.layout.bat, 4096)));
+        assert!(image.file.read(poison, 4096) == clean.file.read(poison, 4096), "retired entries are not applied");
+        // The older run: the same identity, lower numbers.
+        assert_eq!(image.file.read_u64(image.layout.log + 7 * 4096 + 16), 1);
+        for slot in 0..2 {
+            assert_eq!(image.file.read(image.layout.header(slot) + 48, 16), plan.log_guid.0);
+        }
+    }
+
+    #[test]
+    fn an_invalid_header_stays_as_it_is() {
+        let mut image =
+            ImageBuilder::new(1 << 20, 1 << 20).with(|builder| builder.headers[0].checksum = Checksum::Wrong).build();
+        let before = image.file.clone();
+        edit_header(&mut image, 0, |bytes| bytes[8] = 99);
+        assert_eq!(image.file, before);
+        edit_header(&mut image, 1, |bytes| bytes[8] = 99);
+        assert_ne!(image.file, before);
+    }
+}

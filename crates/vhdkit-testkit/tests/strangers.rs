@@ -168,6 +168,7 @@ fn seven_zip_reads_chains() {
             .block(0, BlockSpec::partial(Content::pattern(50), mask.clone()))
             .block(1, BlockSpec::present(Content::pattern(51)).with_mask(SectorMask::none()))
             .block(2, BlockSpec::new(ZERO).with_mask(mask))
+            .block(3, BlockSpec::partial(Content::pattern(52), SectorMask::random(seed + 1, 8, 30)))
             .named("child.vhdx")
             .scatter(seed)
             .build();
