@@ -58,9 +58,9 @@ fn overlay_over_memory_passes_and_leaves_the_base_alone() {
         Arc::new(OverlayStorage::new(Arc::new(own)).unwrap())
     });
     let base = Arc::new(MemoryStorage::from_bytes(bytes.clone()));
-    for seed in 1..=20 {
+    for seed in 1..=10 {
         let view = OverlayStorage::new(base.clone()).unwrap();
-        storage_suite::random_program(&view, bytes.clone(), seed, 150);
+        storage_suite::random_program(&view, bytes.clone(), seed, 100);
     }
     assert_eq!(base.to_vec(), bytes);
 }
@@ -90,7 +90,7 @@ fn overlay_over_a_sparse_file_passes_and_leaves_the_base_alone() {
     base.write_at(&bytes[4096..9000], 4096).unwrap();
     base.write_at(&bytes[200_000..262_144], 200_000).unwrap();
     base.set_len(bytes.len() as u64).unwrap();
-    for seed in 1..=20 {
+    for seed in 1..=10 {
         let view = OverlayStorage::new(Arc::clone(&base)).unwrap();
         assert_eq!(view.identity(), base.identity());
         assert_eq!(view.next_data(0..300_000).unwrap(), base.next_data(0..300_000).unwrap());
