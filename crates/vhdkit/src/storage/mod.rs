@@ -1,13 +1,27 @@
 //! Bytes at offsets: everything the library asks of the outside world.
 //!
 //! A [`Storage`] knows nothing of VHDX. The library holds it as `Arc<dyn Storage>`; a virtual call beside a
-//! system call costs nothing. `FileStorage` is a regular file or a block device, `MemoryStorage` a sparse file
-//! in memory, `OverlayStorage` a view that keeps what is written to it in memory.
+//! system call costs nothing. [`FileStorage`] is a regular file or a block device, [`MemoryStorage`] a sparse file
+//! in memory, [`OverlayStorage`] a view that keeps what is written to it in memory. [`NewFile`] is a file that gets
+//! its name only when it is complete.
+
+mod file;
+mod lock;
+mod memory;
+mod newfile;
+mod overlay;
+mod sys;
 
 use std::fmt::Debug;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+
+pub use file::{FileAccess, FileKind, FileStorage, Sharing};
+pub use lock::{LockKind, LockMode, LockReport, is_open_elsewhere};
+pub use memory::MemoryStorage;
+pub use newfile::{NewFile, NewFileOptions};
+pub use overlay::OverlayStorage;
 
 /// What tells two storages apart: opening the same file twice gives the same identity.
 ///
@@ -23,7 +37,8 @@ pub struct StorageIdentity {
 /// Positional, exact, shareable access to the bytes of one file.
 ///
 /// All methods take `&self` and may be called from many threads. Reads and writes are exact: they transfer the
-/// whole buffer or fail. What may have been written when a write fails is unknown.
+/// whole buffer or fail. What may have been written when a write fails is unknown. An empty buffer and an empty range
+/// (also one that ends before it starts) succeed and change nothing, wherever they lie.
 pub trait Storage: Debug + Send + Sync {
     /// The length in bytes (of a block device: its capacity).
     ///
@@ -42,7 +57,7 @@ pub trait Storage: Debug + Send + Sync {
     /// Fills `buf` from `offset`.
     ///
     /// # Errors
-    /// `UnexpectedEof` when the range reaches past the end; otherwise the operating system's.
+    /// `UnexpectedEof` when the bytes asked for reach past the end; otherwise the operating system's.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
 
     /// Writes all of `buf` at `offset`, growing a file when needed.
@@ -70,7 +85,8 @@ pub trait Storage: Debug + Send + Sync {
     }
 
     /// Makes a range read as zero, by the cheapest means there is; writes zeros where there is none.
-    /// The range may reach past the end, which then grows.
+    /// The range may reach past the end, which then grows. The space of the range may stay or become allocated:
+    /// [`Storage::punch_hole`] is what gives it back.
     ///
     /// # Errors
     /// As [`Storage::write_at`].
@@ -78,8 +94,8 @@ pub trait Storage: Debug + Send + Sync {
         write_zeros(self, range)
     }
 
-    /// Gives the space of a range back; it then reads as zero. `Ok(false)`, with nothing changed, when the storage
-    /// cannot do that.
+    /// Gives the space of a range back; it then reads as zero. What lies past the end is left out, and the length stays.
+    /// `Ok(false)`, with nothing changed, when the storage cannot do that.
     ///
     /// # Errors
     /// The operating system's.

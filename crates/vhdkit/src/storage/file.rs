@@ -1,0 +1,449 @@
+//! A regular file or a block device.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::lock::{self, LockMode, LockReport};
+use super::{Storage, StorageIdentity, sys};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FileAccess {
+    /// Reading alone.
+    Read,
+    /// Reading and writing.
+    Write,
+}
+
+/// How a file goes together with other users of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Sharing {
+    /// Locked as QEMU locks images: any number of readers, or one writer.
+    Normal,
+    /// Not locked and no lock looked at: what is read may be changing meanwhile. For reading only.
+    ForceShare,
+}
+
+/// What kind of file it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FileKind {
+    /// A regular file: it can grow and have holes.
+    Regular,
+    /// A block device: it has its capacity, and what nobody wrote holds anything.
+    BlockDevice,
+}
+
+/// Parts of a block device are zeroed and discarded in multiples of this; no device has larger logical blocks.
+const DEVICE_ALIGNMENT: u64 = 4096;
+
+/// The most bytes that one in-kernel copy is asked for; the kernel itself stops a little below 2 GiB.
+const COPY_BYTES_MAX: u64 = 1 << 30;
+
+/// How often, and after what pause, a file is opened again that somebody holds a lease on. Programs that only look
+/// whether a file is in use, as [`lock::is_open_elsewhere`] does, hold one for microseconds.
+const LEASE_ATTEMPTS: u32 = 5;
+const LEASE_PAUSE: Duration = Duration::from_millis(10);
+
+/// A regular file or a block device, opened or handed over. Offsets are the file's own.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    path: Option<PathBuf>,
+    kind: FileKind,
+    identity: StorageIdentity,
+    lock: LockReport,
+}
+
+impl FileStorage {
+    /// Opens a regular file or a block device and locks it for as long as this storage lives.
+    ///
+    /// ```
+    /// use vhdkit::storage::{FileAccess, FileStorage, Sharing, Storage};
+    ///
+    /// # fn main() -> vhdkit::Result<()> {
+    /// # let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+    /// let storage = FileStorage::open(&path, FileAccess::Read, Sharing::Normal)?;
+    /// assert!(storage.path().is_some());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for anything that is neither regular file nor block device, and for
+    /// [`Sharing::ForceShare`] with [`FileAccess::Write`]; [`ErrorKind::Locked`] when somebody uses it in a way that
+    /// does not go together; otherwise what the operating system says.
+    pub fn open(path: &Path, access: FileAccess, sharing: Sharing) -> Result<Self> {
+        if sharing == Sharing::ForceShare && access == FileAccess::Write {
+            let error = Error::new(ErrorKind::InvalidArgument, "a file cannot be written while others may write it");
+            return Err(error.with_hint("open it for reading, or without forced sharing").with_path(path));
+        }
+        let mode = match access {
+            FileAccess::Read => LockMode::Read,
+            FileAccess::Write => LockMode::Write,
+        };
+        let open = || {
+            check_type(&std::fs::metadata(path).map_err(|error| open_error(error, access))?)?;
+            let mut storage = Self::from_file(open_without_waiting(path, access)?, Some(path.to_owned()))?;
+            if sharing == Sharing::Normal {
+                storage.lock = lock::acquire(&storage.file, mode)?;
+            }
+            Ok(storage)
+        };
+        open().map_err(|error: Error| error.with_path(path))
+    }
+
+    /// Opens a block device to overwrite all of it: nobody else may use it, in particular it must not be mounted.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for anything but a block device; [`ErrorKind::Refused`] for one that is mounted
+    /// or otherwise claimed by the system; [`ErrorKind::Locked`] for one that is open as an image; otherwise what the
+    /// operating system says.
+    pub fn open_block_target(path: &Path) -> Result<Self> {
+        let open = || {
+            let metadata = std::fs::metadata(path).map_err(|error| open_error(error, FileAccess::Write))?;
+            if !metadata.file_type().is_block_device() {
+                return Err(Error::new(ErrorKind::InvalidArgument, "is not a block device"));
+            }
+            // On a block device O_EXCL without O_CREAT asks for it alone.
+            let flags = OFlags::EXCL | OFlags::NONBLOCK;
+            let file = match open_with(path, FileAccess::Write, flags) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                    let message = "the device, or a partition of it, is mounted or in use by the system";
+                    let hint = "unmount it, or take it out of the swap, RAID, LVM or encrypted volume that uses it";
+                    return Err(Error::new(ErrorKind::Refused, message).with_hint(hint));
+                }
+                other => other.map_err(|error| open_error(error, FileAccess::Write))?,
+            };
+            let mut storage = Self::from_file(file, Some(path.to_owned()))?;
+            if storage.kind != FileKind::BlockDevice {
+                return Err(Error::new(ErrorKind::InvalidArgument, "is not a block device any more"));
+            }
+            storage.lock = lock::acquire(&storage.file, LockMode::Write)?;
+            Ok(storage)
+        };
+        open().map_err(|error: Error| error.with_path(path))
+    }
+
+    /// Takes over an open file, without locking it. The path is for messages alone.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] when it is neither regular file nor block device.
+    pub fn from_file(file: File, path: Option<PathBuf>) -> Result<Self> {
+        let build = |file: File| {
+            let metadata = file.metadata().map_err(|error| Error::io("cannot tell what kind of file it is", error))?;
+            let kind = check_type(&metadata)?;
+            let identity = match kind {
+                FileKind::Regular => StorageIdentity { device: metadata.dev(), inode: metadata.ino() },
+                // A device may have many names, each with its own inode; no file has the highest inode number.
+                FileKind::BlockDevice => StorageIdentity { device: metadata.rdev(), inode: u64::MAX },
+            };
+            Ok((file, kind, identity))
+        };
+        match build(file) {
+            Ok((file, kind, identity)) => Ok(Self { file, path, kind, identity, lock: LockReport::not_asked() }),
+            Err(error) => Err(match path {
+                Some(path) => Error::with_path(error, path),
+                None => error,
+            }),
+        }
+    }
+
+    /// Locks a file that was taken over.
+    pub(super) fn lock(&mut self, mode: LockMode) -> Result<()> {
+        self.lock = lock::acquire(&self.file, mode)?;
+        Ok(())
+    }
+
+    /// What kind of file it is.
+    #[must_use]
+    pub fn kind(&self) -> FileKind {
+        self.kind
+    }
+
+    /// The path that it was opened by, for messages.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// How the file is locked, and what the user should know about that.
+    #[must_use]
+    pub fn lock_report(&self) -> &LockReport {
+        &self.lock
+    }
+
+    /// Runs fallocate on a range. `Ok(false)` where there is none of that kind.
+    fn fallocate(&self, flags: FallocateFlags, range: &Range<u64>) -> io::Result<bool> {
+        let length = range.end.saturating_sub(range.start);
+        match rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, range.start, length)) {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Zeroes a range of a regular file, see [`Storage::zero_range`].
+    fn zero_file_range(&self, range: Range<u64>) -> io::Result<()> {
+        check_position(range.end)?;
+        if self.fallocate(FallocateFlags::ZERO_RANGE, &range)? {
+            return Ok(());
+        }
+        if !self.punch_hole(range.clone())? {
+            return super::write_zeros(self, range);
+        }
+        if self.len()? < range.end {
+            // Not by setting the length: that would cut off what somebody else appends at this moment.
+            self.file.write_all_at(&[0], range.end - 1)?; // range.end > 0: the length is less
+        }
+        Ok(())
+    }
+
+    /// Zeroes a range of a block device: what is aligned by the kernel, the edges by writing.
+    fn zero_device_range(&self, range: Range<u64>) -> io::Result<()> {
+        if range.end > self.len()? {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let Some(inner) = aligned_part(&range) else { return super::write_zeros(self, range) };
+        if !self.fallocate(FallocateFlags::ZERO_RANGE, &inner)? {
+            return super::write_zeros(self, range);
+        }
+        super::write_zeros(self, range.start..inner.start)?;
+        super::write_zeros(self, inner.end..range.end)
+    }
+
+    /// Where the next data, or the next hole, begins; `None` at the end, `Err(INVAL)` where that cannot be told.
+    fn seek(&self, position: SeekFrom) -> Result<Option<u64>, Errno> {
+        match rustix::fs::seek(&self.file, position) {
+            Ok(offset) => Ok(Some(offset)),
+            Err(Errno::NXIO) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Storage for FileStorage {
+    fn len(&self) -> io::Result<u64> {
+        match self.kind {
+            FileKind::Regular => Ok(u64::try_from(rustix::fs::fstat(&self.file)?.st_size).unwrap_or(0)),
+            FileKind::BlockDevice => Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?),
+        }
+    }
+
+    #[inline]
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset).map_err(|error| read_error(error, offset, buf.len()))
+    }
+
+    #[inline]
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        if buf.is_empty() { Ok(()) } else { self.file.write_all_at(buf, offset) }
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        match self.kind {
+            FileKind::Regular => self.file.set_len(len),
+            FileKind::BlockDevice if len <= self.len()? => Ok(()),
+            FileKind::BlockDevice => {
+                Err(io::Error::new(io::ErrorKind::InvalidInput, "the block device is too small for that"))
+            }
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data() // includes the length, and whatever else is needed to read the data again
+    }
+
+    fn growth_reads_zero(&self) -> bool {
+        self.kind == FileKind::Regular
+    }
+
+    fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
+        match self.kind {
+            _ if range.is_empty() => Ok(()),
+            FileKind::Regular => self.zero_file_range(range),
+            FileKind::BlockDevice => self.zero_device_range(range),
+        }
+    }
+
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<bool> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let clipped = range.start..range.end.min(self.len()?);
+        if clipped.is_empty() {
+            return Ok(true);
+        }
+        if self.kind == FileKind::Regular {
+            return self.fallocate(flags, &clipped);
+        }
+        match aligned_part(&clipped) {
+            Some(inner) if self.fallocate(flags, &inner)? => {
+                super::write_zeros(self, clipped.start..inner.start)?;
+                super::write_zeros(self, inner.end..clipped.end)?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    fn allocate(&self, range: Range<u64>) -> io::Result<bool> {
+        if range.is_empty() {
+            return Ok(true);
+        }
+        check_position(range.end)?;
+        self.fallocate(FallocateFlags::empty(), &range)
+    }
+
+    fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        let clip = |end: u64| {
+            let clipped = range.start..range.end.min(end);
+            (!clipped.is_empty()).then_some(clipped)
+        };
+        if range.is_empty() || range.start > MAX_POSITION {
+            return Ok(None);
+        }
+        if self.kind == FileKind::BlockDevice {
+            return Ok(clip(self.len()?));
+        }
+        let start = match self.seek(SeekFrom::Data(range.start)) {
+            Ok(Some(start)) if start < range.end => start,
+            Ok(_) => return Ok(None),
+            Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(clip(self.len()?)),
+            Err(error) => return Err(error.into()),
+        };
+        // There is a hole at the end of every file, so that none here means that the file was cut meanwhile.
+        Ok(match self.seek(SeekFrom::Hole(start))? {
+            Some(end) if end > start => Some(start..end.min(range.end)),
+            _ => Some(start..range.end),
+        })
+    }
+
+    fn clone_range(&self, source: &dyn Storage, source_offset: u64, offset: u64, length: u64) -> io::Result<bool> {
+        if length == 0 {
+            return Ok(true); // to the kernel it would mean everything up to the end
+        }
+        let Some(source) = source.as_file() else { return Ok(false) };
+        match sys::clone_range(source, source_offset, &self.file, offset, length) {
+            Ok(()) => Ok(true),
+            Err(error) => match error.raw_os_error().map(Errno::from_raw_os_error) {
+                Some(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => Ok(false),
+                _ => Err(error),
+            },
+        }
+    }
+
+    fn copy_range(&self, source: &dyn Storage, source_offset: u64, offset: u64, length: u64) -> io::Result<u64> {
+        let Some(source) = source.as_file() else { return Ok(0) };
+        let (mut from, mut to, mut copied) = (source_offset, offset, 0_u64);
+        while copied < length {
+            let piece = usize::try_from((length - copied).min(COPY_BYTES_MAX)).unwrap_or(usize::MAX);
+            match rustix::fs::copy_file_range(source, Some(&mut from), &self.file, Some(&mut to), piece) {
+                Ok(0) => break, // the end of the source
+                Ok(count) => copied += count as u64,
+                Err(Errno::INTR) => {}
+                Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(copied)
+    }
+
+    fn as_file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+
+    fn identity(&self) -> Option<StorageIdentity> {
+        Some(self.identity)
+    }
+}
+
+/// The last position that a file can have.
+const MAX_POSITION: u64 = i64::MAX.unsigned_abs();
+
+/// Refuses positions that the kernel cannot count, which it would otherwise take for an unsupported operation.
+fn check_position(end: u64) -> io::Result<()> {
+    if end > MAX_POSITION { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(()) }
+}
+
+/// The part of a range that lies on whole blocks of any block device.
+fn aligned_part(range: &Range<u64>) -> Option<Range<u64>> {
+    let start = range.start.checked_next_multiple_of(DEVICE_ALIGNMENT)?;
+    let inner = start..range.end - range.end % DEVICE_ALIGNMENT;
+    (!inner.is_empty()).then_some(inner)
+}
+
+/// Makes reading where no file reaches the end of file that it is; the kernel calls it an invalid argument.
+#[cold]
+fn read_error(error: io::Error, offset: u64, length: usize) -> io::Error {
+    let end = offset.checked_add(length as u64);
+    if error.kind() == io::ErrorKind::InvalidInput && end.is_none_or(|end| end > MAX_POSITION) {
+        return io::ErrorKind::UnexpectedEof.into();
+    }
+    error
+}
+
+/// Opens without waiting for anything: a lease that somebody holds, a drive without a medium.
+fn open_without_waiting(path: &Path, access: FileAccess) -> Result<File> {
+    let mut attempt = 1;
+    loop {
+        match open_with(path, access, OFlags::NONBLOCK) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && attempt < LEASE_ATTEMPTS => {
+                attempt += 1;
+                std::thread::sleep(LEASE_PAUSE);
+            }
+            other => return other.map_err(|error| open_error(error, access)),
+        }
+    }
+}
+
+/// Opens with flags beyond the usual ones.
+fn open_with(path: &Path, access: FileAccess, flags: OFlags) -> io::Result<File> {
+    let flags = flags.bits().cast_signed();
+    OpenOptions::new().read(true).write(access == FileAccess::Write).custom_flags(flags).open(path)
+}
+
+/// What kind of file it is, if it is one of those that have bytes at offsets.
+pub(super) fn check_type(metadata: &std::fs::Metadata) -> Result<FileKind> {
+    let file_type = metadata.file_type();
+    let what = match () {
+        () if file_type.is_file() => return Ok(FileKind::Regular),
+        () if file_type.is_block_device() => return Ok(FileKind::BlockDevice),
+        () if file_type.is_dir() => "a directory",
+        () if file_type.is_fifo() => "a pipe",
+        () if file_type.is_char_device() => "a character device",
+        () if file_type.is_socket() => "a socket",
+        () => "neither regular file nor block device",
+    };
+    let error = Error::new(ErrorKind::InvalidArgument, format!("is {what}"));
+    Err(error.with_hint("give a regular file or a block device"))
+}
+
+/// The error of an opening that failed, with what to do next.
+pub(super) fn open_error(error: io::Error, access: FileAccess) -> Error {
+    let writing = access == FileAccess::Write;
+    let hint = match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::NOENT) => "no such file: check the spelling of the path, and that its disk is mounted",
+        Some(Errno::NOTDIR) => "a part of the path is a file, not a directory: check the spelling of the path",
+        Some(Errno::ACCESS | Errno::PERM) if writing => "get write permission, or run as a user who has it",
+        Some(Errno::ACCESS | Errno::PERM) => "get read permission, or run as a user who has it",
+        Some(Errno::ROFS) => "the file system is mounted read-only: mount it for writing, or work on a copy",
+        Some(Errno::TXTBSY) => {
+            "the system uses the file itself, as swap space or as a running program: stop that first"
+        }
+        Some(Errno::LOOP) => "the path goes around in circles through symbolic links: correct the links",
+        Some(Errno::NOMEDIUM) => "there is no medium in the drive: insert it",
+        Some(Errno::MFILE | Errno::NFILE) => "too many files are open: raise the limit with ulimit -n",
+        Some(Errno::WOULDBLOCK) => {
+            let mode = if writing { LockMode::Write } else { LockMode::Read };
+            return lock::locked("another program holds a lease on it", mode);
+        }
+        _ => return Error::io("cannot open", error),
+    };
+    Error::io(if writing { "cannot open for writing" } else { "cannot open" }, error).with_hint(hint)
+}
