@@ -184,7 +184,7 @@ pub struct BuiltImage {
     pub model: ModelDisk,
     /// Where everything lies.
     pub layout: Layout,
-    /// The identity that a child's locator must name, from the header with the larger sequence number.
+    /// The identity that a child's locator must name, from the current header.
     pub data_write_guid: Guid,
     /// The parent, if there is one.
     pub parent: Option<Arc<BuiltImage>>,
@@ -398,7 +398,8 @@ impl ImageBuilder {
         }
         let natural = layout.end.max(file.len()).next_multiple_of(MIB);
         file.set_len(self.file_length.unwrap_or(natural));
-        let current = usize::from(self.headers[1].sequence > self.headers[0].sequence);
+        let rank = |slot: usize| (self.headers[slot].is_valid(), self.headers[slot].sequence);
+        let current = usize::from(rank(1) > rank(0));
         BuiltImage {
             file,
             model: self.model(),

@@ -149,8 +149,10 @@ mod tests {
             Case::new("absent", absent(), || {}),
         ];
         let trials = cases.into_iter().map(|case| case.into_trial(required)).collect();
-        let arguments = Arguments { quiet: true, ..Arguments::default() };
-        libtest_mimic::run(&arguments, trials)
+        // The report of this inner run must not be mistaken for the outer one's.
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let logfile = Some(log.path().to_str().unwrap().to_owned());
+        libtest_mimic::run(&Arguments { logfile, ..Arguments::default() }, trials)
     }
 
     #[test]

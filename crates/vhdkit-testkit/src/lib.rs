@@ -10,12 +10,14 @@
 
 pub mod builder;
 pub mod content;
+pub mod dirty;
 pub mod foreign;
 pub mod guid;
 pub mod harness;
 pub mod layout;
 pub mod log;
 pub mod model;
+pub mod random;
 pub mod rng;
 pub mod sparse;
 pub mod spec;

@@ -148,7 +148,7 @@ impl SparseFile {
 
     /// Zeroes a range without growing the file; whole pages become holes.
     pub fn zero(&mut self, offset: u64, length: u64) {
-        let end = (offset + length).min(self.length);
+        let end = offset.saturating_add(length).min(self.length).max(offset);
         let indices: Vec<u64> = self.pages.range(offset / PAGE..end.div_ceil(PAGE)).map(|(index, _)| *index).collect();
         for index in indices {
             let start = (index * PAGE).max(offset);

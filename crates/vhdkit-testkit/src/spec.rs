@@ -82,6 +82,12 @@ impl Default for HeaderSpec {
 }
 
 impl HeaderSpec {
+    /// Whether signature and checksum are right, as far as the fields tell.
+    #[must_use]
+    pub fn is_valid(&self) -> bool {
+        self.signature == *b"head" && self.checksum == Checksum::Correct
+    }
+
     /// The 4096 bytes, with the given place of the log where the specification leaves it open.
     #[must_use]
     pub fn encode(&self, log_offset: u64, log_length: u32) -> Vec<u8> {
