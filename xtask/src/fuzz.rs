@@ -1,10 +1,11 @@
 //! Fuzz targets, with seeds from the testkit's image builder and address sanitizer.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
-use crate::shell::{self, Outcome, cargo, find, root};
+use crate::seeds;
+use crate::shell::{self, Outcome, find, root};
 
 /// The targets of `fuzz/`.
 pub(crate) const TARGETS: [&str; 3] = ["decode", "open", "locator"];
@@ -44,17 +45,15 @@ pub(crate) fn fuzz(seconds: u64, targets: &[&str]) -> Outcome {
     for target in TARGETS.iter().filter(|target| targets.is_empty() || targets.contains(target)) {
         let corpus = folder.join("corpus").join(target);
         fs::create_dir_all(&corpus)?;
-        let seeds = write_seeds(target, &folder)?;
+        let seeds = seeds::write(target, &folder.join("seeds").join(target))?;
         eprintln!("{target}: {seeds} seeds");
         let mut command = Command::new(&program);
-        command.current_dir(root()?).arg("fuzz").arg("run").arg(target);
-        command.arg("corpus/".to_owned() + target).arg("seeds/".to_owned() + target);
+        command.args(["fuzz", "run", target]).arg(format!("corpus/{target}")).arg(format!("seeds/{target}"));
         command.arg("--").arg(format!("-max_total_time={seconds}")).arg(format!("-max_len={INPUT_BYTES_MAX}"));
         command.arg(format!("-rss_limit_mb={MEMORY_MIB_MAX}")).arg(format!("-timeout={INPUT_SECONDS_MAX}"));
-        command.arg("-print_final_stats=1").arg("-verbosity=0");
-        // The sanitizer is unstable in name only; nothing but this may set the variable.
-        command.env("RUSTC_BOOTSTRAP", "1").env("CARGO", cargo().get_program());
-        command.current_dir(&folder);
+        command.arg("-print_final_stats=1").arg("-verbosity=0").current_dir(&folder);
+        // The sanitizer is not stable yet; nothing but the fuzz targets may be built with this.
+        command.env("RUSTC_BOOTSTRAP", "1").env("CARGO_TARGET_DIR", shell::target_dir()?.join("fuzz"));
         if let Err(error) = shell::run(&mut command) {
             eprintln!("{target}: {error}");
             failed.push(*target);
@@ -70,10 +69,4 @@ fn cargo_fuzz() -> Outcome<PathBuf> {
         return Ok(tools);
     }
     find("cargo-fuzz").ok_or_else(|| "cargo-fuzz is missing: cargo install cargo-fuzz --locked --version 0.13.2".into())
-}
-
-fn write_seeds(target: &str, folder: &Path) -> Outcome<usize> {
-    let seeds = folder.join("seeds").join(target);
-    fs::create_dir_all(&seeds)?;
-    Ok(0)
 }

@@ -4,6 +4,7 @@ mod ci;
 mod fuzz;
 mod peers;
 mod samples;
+mod seeds;
 mod shell;
 
 use std::process::ExitCode;
