@@ -180,14 +180,20 @@ impl Layer {
             Some(path) => error.with_path(path),
             None => error,
         })?;
-        Ok(Self {
-            path: path.map(Path::to_owned),
+        let layer = Self::from_loaded(loaded);
+        Ok(Self { path: path.map(Path::to_owned), findings: findings.into_findings(), ..layer })
+    }
+
+    /// A layer from what was loaded.
+    pub(crate) fn from_loaded(loaded: Loaded) -> Self {
+        Self {
+            path: None,
             bat: BatCache::new(loaded.metadata.geometry.bat_entries()),
             bitmaps: BitmapCache::new(),
             loaded,
-            findings: findings.into_findings(),
+            findings: Vec::new(),
             lock: None,
-        })
+        }
     }
 
     /// The file's path, where it has one.
@@ -209,6 +215,13 @@ impl Layer {
     #[must_use]
     pub fn file_size(&self) -> u64 {
         self.loaded.view.physical_size()
+    }
+
+    /// Bytes that the file occupies on its file system, holes not counted; `None` when that cannot be told.
+    #[must_use]
+    pub fn disk_usage(&self) -> Option<u64> {
+        let metadata = self.loaded.view.storage().as_file()?.metadata().ok()?;
+        Some(std::os::unix::fs::MetadataExt::blocks(&metadata) * 512) // st_blocks counts in 512 bytes
     }
 
     /// The program that made the file, as it names itself; for people only.
