@@ -67,7 +67,7 @@ fn headers(input: &[u8], options: u8) {
         let decoded = both(level, |findings| decode_headers([&copies[0], &copies[1]], 64 * MIB, findings));
         if let Some(headers) = decoded {
             let encoded = headers.current.encode();
-            assert_eq!(encoded[..80], copies[headers.current_copy][..80]);
+            assert_eq!(encoded[8..80], copies[headers.current_copy][8..80]);
             assert_eq!(Header::decode(&encoded), Some(headers.current));
         }
     }
@@ -99,8 +99,8 @@ fn regions(input: &[u8], options: u8) {
 
 fn metadata_region(input: &[u8]) {
     // The input is the used part of the table, then the items.
-    let region = Region { guid: METADATA_GUID, file_offset: 2 * MIB, length: MIB, required: 1 };
-    let mut bytes = vec![0; 1 << 20];
+    let region = Region { guid: METADATA_GUID, file_offset: 2 * MIB, length: 2 * TABLE_BYTES as u64, required: 1 };
+    let mut bytes = vec![0; 2 * TABLE_BYTES];
     let (table, items) = input.split_at(input.len().min(32 * 12));
     bytes[..table.len()].copy_from_slice(table);
     let items = &items[..items.len().min(bytes.len() - TABLE_BYTES)];

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::seeds;
 use crate::shell::{self, Outcome, find, root};
@@ -54,9 +54,12 @@ pub(crate) fn fuzz(seconds: u64, targets: &[&str]) -> Outcome {
         command.arg("-print_final_stats=1").arg("-verbosity=0").current_dir(&folder);
         // The sanitizer is not stable yet; nothing but the fuzz targets may be built with this.
         command.env("RUSTC_BOOTSTRAP", "1").env("CARGO_TARGET_DIR", shell::target_dir()?.join("fuzz"));
-        if let Err(error) = shell::run(&mut command) {
-            eprintln!("{target}: {error}");
-            failed.push(*target);
+        match run_quietly(&mut command)? {
+            Ok(summary) => println!("{target}: ok, {summary}"),
+            Err(said) => {
+                eprintln!("{said}\n{target}: FAILED");
+                failed.push(*target);
+            }
         }
     }
     if failed.is_empty() { Ok(()) } else { Err(format!("fuzz targets failed: {}", failed.join(", ")).into()) }
@@ -69,4 +72,27 @@ fn cargo_fuzz() -> Outcome<PathBuf> {
         return Ok(tools);
     }
     find("cargo-fuzz").ok_or_else(|| "cargo-fuzz is missing: cargo install cargo-fuzz --locked --version 0.13.2".into())
+}
+
+/// Lines that are shown of a run that failed.
+const LINES_SHOWN: usize = 80;
+
+/// Runs a target; gives its figures, or the end of what it said.
+fn run_quietly(command: &mut Command) -> Outcome<Result<String, String>> {
+    eprintln!("+ {}", shell::shown(command));
+    let output = command.stdin(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<&str> = said.lines().collect();
+    if !output.status.success() {
+        let skipped = lines.len().saturating_sub(LINES_SHOWN);
+        let panics = lines.iter().take(skipped).filter(|line| line.contains("panicked at"));
+        let shown: Vec<&str> = panics.chain(lines.iter().skip(skipped)).copied().collect();
+        return Ok(Err(shown.join("\n")));
+    }
+    let figure = |name: &str| {
+        let line = lines.iter().find_map(|line| line.strip_prefix("stat::")?.strip_prefix(name));
+        line.map_or("?", |line| line.trim_start_matches(':').trim()).to_owned()
+    };
+    let (runs, peak) = (figure("number_of_executed_units"), figure("peak_rss_mb"));
+    Ok(Ok(format!("{runs} inputs, {peak} MiB at most")))
 }

@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::Path;
 
+use vhdkit_testkit::dirty::Stale;
 use vhdkit_testkit::random::{RandomOptions, random_dirty_plan, random_image};
 use vhdkit_testkit::spec::LocatorSpec;
-use vhdkit_testkit::{BuiltImage, Guid, SparseFile};
+use vhdkit_testkit::{BuiltImage, Guid};
 
 use crate::shell::Outcome;
 
@@ -17,6 +18,8 @@ const SEED_BYTES_MAX: usize = 24 << 10;
 const RUN_BYTES_MAX: usize = 1024;
 /// What is kept of a longer run.
 const RUN_BYTES_KEPT: usize = 64;
+/// How much of each MiB of a block is looked at.
+const BLOCK_BYTES_LOOKED_AT: u64 = 8192;
 /// Segments start at multiples of this.
 const UNIT: usize = 16;
 
@@ -45,11 +48,12 @@ fn images() -> impl Iterator<Item = BuiltImage> {
             block_size: (seed % 4 != 0).then_some(1 << 20),
             virtual_size_max: 64 << 20,
             blocks_max: 6,
+            junk: false,
             ..RandomOptions::chain(1 + (seed % 2) as usize) // 0 or 1: fits
         };
         let mut image = random_image(seed, &options);
         if seed % 3 == 0 {
-            random_dirty_plan(seed, &image).apply(&mut image);
+            random_dirty_plan(seed, &image).with(|plan| plan.stale = Stale::Zeros).apply(&mut image);
         }
         image
     })
@@ -57,9 +61,9 @@ fn images() -> impl Iterator<Item = BuiltImage> {
 
 /// The input of `open` for an image and its parent; `None` when it would be too long.
 fn chain(image: &BuiltImage) -> Option<Vec<u8>> {
-    let child = sparse(&image.file)?;
+    let child = sparse(image)?;
     let parent = match &image.parent {
-        Some(parent) => sparse(&parent.file)?,
+        Some(parent) => sparse(parent)?,
         None => Vec::new(),
     };
     let mut input = u16::try_from(child.len()).ok()?.to_le_bytes().to_vec();
@@ -68,15 +72,27 @@ fn chain(image: &BuiltImage) -> Option<Vec<u8>> {
     (input.len() <= SEED_BYTES_MAX).then_some(input)
 }
 
-/// A file as segments.
-fn sparse(file: &SparseFile) -> Option<Vec<u8>> {
+/// A file as segments: the structures whole, and a little of each block.
+fn sparse(image: &BuiltImage) -> Option<Vec<u8>> {
+    let (file, layout) = (&image.file, &image.layout);
+    let structures = [
+        (0, 1 << 20),
+        (layout.log, u64::from(layout.log_length)),
+        (layout.metadata, u64::from(layout.metadata_length)),
+        (layout.bat, u64::from(layout.bat_length)),
+    ];
     let units = u16::try_from(file.len().div_ceil(4096)).ok()?;
     let cut = u64::from(units) * 4096 - file.len(); // below 4096
     let mut input = vec![u8::try_from(cut.min(7)).ok()? << 5];
     input.extend_from_slice(&units.to_le_bytes());
     for (start, bytes) in file.segments() {
+        let inside = structures.iter().any(|(offset, length)| start >= *offset && start < offset + length);
+        if !inside && start % (1 << 20) >= BLOCK_BYTES_LOOKED_AT {
+            continue;
+        }
         for (offset, run) in runs(bytes) {
-            let kept = if run.len() > RUN_BYTES_MAX { run.get(..RUN_BYTES_KEPT)? } else { run };
+            let kept =
+                if run.len() > RUN_BYTES_MAX || !inside { run.get(..RUN_BYTES_KEPT.min(run.len()))? } else { run };
             let position = u32::try_from((start + offset as u64) / UNIT as u64).ok()?;
             input.extend_from_slice(&position.to_le_bytes());
             input.extend_from_slice(&u16::try_from(kept.len()).ok()?.to_le_bytes());
