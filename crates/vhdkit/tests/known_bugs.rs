@@ -248,7 +248,8 @@ fn qemu_q11_check_finds_overlaps_reserved_bits_and_state_4() {
     let reserved = builder().block(2, BlockSpec { reserved: 1, ..BlockSpec::present(Content::Zero) });
     let reserved_high = builder().block(2, BlockSpec { reserved: 1 << 16, ..BlockSpec::new(NOT_PRESENT) });
     let state_4 = builder().block(2, BlockSpec { raw: Some(4), ..BlockSpec::new(NOT_PRESENT) });
-    let into_the_log = builder().block(2, BlockSpec::present(Content::Zero).at(1));
+    let mut into_the_log = builder().block(2, BlockSpec::present(Content::Zero).at(1));
+    into_the_log.log_offset = Some(MIB);
     let cases = [
         (overlap, Code::BatOverlap),
         (reserved, Code::BatReserved),
