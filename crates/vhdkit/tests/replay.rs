@@ -148,7 +148,7 @@ fn unreplayed_logs_matter() {
 
 #[test]
 fn random_dirty_images_and_chains() {
-    for seed in 0..120 {
+    for seed in 0..80 {
         let depth = 1 + seed as usize % 3;
         let options = RandomOptions { blocks_max: 6, ..RandomOptions::chain(depth) };
         let mut image = random_image(2000 + seed, &options);
