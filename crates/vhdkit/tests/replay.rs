@@ -33,7 +33,7 @@ use vhdkit_testkit::random::{RandomOptions, random_dirty_plan, random_image};
 use vhdkit_testkit::rng::Rng;
 use vhdkit_testkit::spec::{MIB, RegionSpec, RegionTableSpec};
 
-const LOG: u64 = 0x10_6C6F67;
+const LOG: u64 = 0x106C_6F67;
 
 fn log_guid() -> Guid {
     Guid::seeded(LOG)
