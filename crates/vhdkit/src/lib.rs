@@ -3,6 +3,7 @@
 pub mod error;
 pub mod format;
 pub mod image;
+pub mod ops;
 pub mod storage;
 pub mod text;
 pub mod units;

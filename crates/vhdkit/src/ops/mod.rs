@@ -1,0 +1,27 @@
+//! Work on whole images: create, convert, measure and compare.
+
+use std::ops::ControlFlow;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Hears how far a long operation has come, and may cancel it.
+pub trait Progress: Sync {
+    /// `done` of `total` bytes are worked off; `total` is unknown for a stream of unknown length. `Break` cancels: the
+    /// operation ends with [`ErrorKind::Cancelled`]. Called from several threads, so `done` may step back a little.
+    fn advance(&self, done: u64, total: Option<u64>) -> ControlFlow<()>;
+}
+
+/// Never cancels, tells nobody.
+impl Progress for () {
+    fn advance(&self, _done: u64, _total: Option<u64>) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+/// Reports progress; an error when the caller cancels.
+pub(crate) fn advance(progress: &dyn Progress, done: u64, total: Option<u64>) -> Result<()> {
+    match progress.advance(done, total) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Error::new(ErrorKind::Cancelled, "cancelled")),
+    }
+}
