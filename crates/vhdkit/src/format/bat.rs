@@ -122,6 +122,8 @@ pub struct BatRules {
     pub taken: TakenSpace,
     /// How strictly to judge.
     pub strictness: Strictness,
+    /// Where the last of the taken ranges ends.
+    pub taken_end: u64,
 }
 
 /// A block that may be used, and what is to be said about its entry all the same.
@@ -136,6 +138,18 @@ impl BatRules {
             BatSlot::Bitmap(chunk) => format!("BAT entry {index} (sector bitmap of chunk {chunk})"),
         };
         Location::at(name, self.bat_offset.0 + index.0 * 8) // inside the BAT region, which lies inside the file
+    }
+
+    /// True for an entry that is fine whatever block it belongs to: fully present, behind everything that is taken and
+    /// inside the file. Spares most entries the full judgement.
+    #[inline]
+    #[must_use]
+    pub const fn is_plain(&self, entry: BatEntry) -> bool {
+        let offset = entry.0 & OFFSET_MASK;
+        entry.0 & !OFFSET_MASK == 6
+            && offset >= self.taken_end
+            && offset <= self.file_size
+            && self.file_size - offset >= self.geometry.block_size()
     }
 
     fn finding(&self, code: Code, index: BatIndex, detail: String) -> Finding {

@@ -24,9 +24,10 @@ pub enum FileAccess {
 }
 
 /// How a file goes together with other users of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Sharing {
     /// Locked as QEMU locks images: any number of readers, or one writer.
+    #[default]
     Normal,
     /// Not locked and no lock looked at: what is read may be changing meanwhile. For reading only.
     ForceShare,
@@ -157,7 +158,7 @@ impl FileStorage {
     }
 
     /// Locks a file that was taken over.
-    pub(super) fn lock(&mut self, mode: LockMode) -> Result<()> {
+    pub(crate) fn lock(&mut self, mode: LockMode) -> Result<()> {
         self.lock = lock::acquire(&self.file, mode)?;
         Ok(())
     }

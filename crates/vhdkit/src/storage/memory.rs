@@ -196,10 +196,10 @@ impl State {
                 } else {
                     self.pages.insert(part.index, None);
                 }
-            } else if self.fill != 0 || self.pages.contains_key(&part.index) {
-                if let Some(target) = self.page_mut(part.index).get_mut(part.bytes) {
-                    target.fill(0);
-                }
+            } else if (self.fill != 0 || self.pages.contains_key(&part.index))
+                && let Some(target) = self.page_mut(part.index).get_mut(part.bytes)
+            {
+                target.fill(0);
             }
         }
     }

@@ -1,0 +1,258 @@
+//! One pass over a whole BAT: every entry judged, every owned MiB marked, what is left over counted.
+//!
+//! Memory is one bit per MiB of file: 8 MiB for a full disk of 64 TiB.
+
+use super::bat::judge;
+use super::extents::LayerCursor;
+use super::layer::Layer;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::bat::{BITMAP_PRESENT, BatEntry, BatRules, PayloadState};
+use crate::format::finding::{Code, Findings};
+use crate::format::geometry::BatSlot;
+use crate::units::{BatIndex, BlockIndex, ChunkIndex, MIB};
+
+/// Longest file that is scanned; a full disk of 64 TiB is a sixteenth of that. Keeps the marks below 128 MiB.
+const FILE_BYTES_MAX: u64 = 1 << 50;
+/// Overlaps for which the other owner is looked up, which takes a pass each.
+const OWNERS_NAMED_MAX: u32 = 16;
+/// Blocks between two calls of the progress function.
+const PROGRESS_BLOCKS: u64 = 1 << 20;
+
+/// What a scan counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct BatScan {
+    /// Payload blocks by state, in the order of [`PayloadState::ALL`]. Entries in error are not counted.
+    pub blocks: [u64; 6],
+    /// Sector bitmap blocks that are present.
+    pub bitmaps_present: u64,
+    /// Runs of payload blocks that follow each other on the disk and in the file.
+    pub fragments: u64,
+    /// Bytes behind the header section that belong to nothing.
+    pub leaked_bytes: u64,
+    /// Bytes kept by blocks that hold no data, and by sector bitmaps that no block needs.
+    pub unneeded_bytes: u64,
+}
+
+/// One bit per MiB of file.
+struct Marks(Vec<u64>);
+
+impl Marks {
+    fn new(file_size: u64) -> Result<Self> {
+        if file_size > FILE_BYTES_MAX {
+            let what =
+                format!("the file has {file_size:#x} bytes; files of more than 1 PiB are not checked for overlaps");
+            return Err(Error::new(ErrorKind::Limit, what));
+        }
+        let words = usize::try_from(file_size.div_ceil(64 * MIB)).unwrap_or(usize::MAX); // at most 2^24
+        Ok(Self(vec![0; words]))
+    }
+
+    /// Marks a range; true when some of it was marked before.
+    fn mark(&mut self, start: u64, end: u64) -> bool {
+        let (mut position, end) = (start / MIB, end.div_ceil(MIB));
+        let mut seen = 0;
+        while position < end {
+            let bits = (64 - position % 64).min(end - position);
+            let mask = (u64::MAX >> (64 - bits)) << (position % 64);
+            if let Some(word) = usize::try_from(position / 64).ok().and_then(|word| self.0.get_mut(word)) {
+                seen |= *word & mask;
+                *word |= mask;
+            }
+            position += bits;
+        }
+        seen != 0
+    }
+
+    fn count(&self) -> u64 {
+        self.0.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+}
+
+/// The state of a pass.
+struct Scan<'a, 'l, 'f> {
+    cursor: &'a mut LayerCursor<'l>,
+    layer: &'l Layer,
+    findings: &'f mut dyn Findings,
+    marks: Marks,
+    result: BatScan,
+    /// Where the last payload block ends in the file, when it was present.
+    previous_end: Option<u64>,
+    overlaps: u32,
+}
+
+/// Judges every entry of a layer's BAT (V-111 to V-122) and counts. `progress` gets blocks done and blocks in all.
+///
+/// # Errors
+/// When reading fails, the collector stops at a finding, the file is too long, or `progress` says so.
+pub(crate) fn scan_bat(
+    layer: &Layer,
+    findings: &mut dyn Findings,
+    progress: &mut dyn FnMut(u64, u64) -> Result<()>,
+) -> Result<BatScan> {
+    let rules = layer.rules();
+    let mut cursor = LayerCursor::new(layer);
+    let mut marks = Marks::new(rules.file_size)?;
+    for taken in rules.taken.ranges() {
+        marks.mark(taken.range.start, taken.range.end.min(rules.file_size));
+    }
+    let result = BatScan::default();
+    let mut scan = Scan { cursor: &mut cursor, layer, findings, marks, result, previous_end: None, overlaps: 0 };
+    let geometry = rules.geometry;
+    let blocks = geometry.payload_blocks();
+    let mut reported = 0;
+    for chunk in 0..geometry.chunks() {
+        let first = chunk * geometry.chunk_ratio(); // below the number of blocks
+        let end = (first + geometry.chunk_ratio()).min(blocks);
+        let partial = scan.payload_blocks(first, end)?;
+        let index = geometry.bitmap_index(ChunkIndex(chunk));
+        let bitmap = if index.0 < geometry.bat_entries() { scan.cursor.entry(index)? } else { BatEntry(0) };
+        scan.bitmap(ChunkIndex(chunk), bitmap, partial)?;
+        if end - reported >= PROGRESS_BLOCKS || end == blocks {
+            progress(end, blocks)?;
+            reported = end;
+        }
+    }
+    let file_mib = rules.file_size.div_ceil(MIB);
+    let mut result = scan.result;
+    result.leaked_bytes = (file_mib - scan.marks.count().min(file_mib)) * MIB;
+    Ok(result)
+}
+
+/// The place of a state in [`PayloadState::ALL`].
+const fn position(state: PayloadState) -> usize {
+    match state {
+        PayloadState::NotPresent => 0,
+        PayloadState::Undefined => 1,
+        PayloadState::Zero => 2,
+        PayloadState::Unmapped => 3,
+        PayloadState::FullyPresent => 4,
+        PayloadState::PartiallyPresent => 5,
+    }
+}
+
+impl Scan<'_, '_, '_> {
+    fn rules(&self) -> &BatRules {
+        self.layer.rules()
+    }
+
+    fn count(&mut self, state: PayloadState, blocks: u64) {
+        if let Some(count) = self.result.blocks.get_mut(position(state)) {
+            *count += blocks; // at most 2^26 in all
+        }
+    }
+
+    /// Judges the payload blocks of one chunk. Gives the first one that is partially present.
+    fn payload_blocks(&mut self, first: u64, end: u64) -> Result<Option<BlockIndex>> {
+        let geometry = self.rules().geometry;
+        let mut partial = None;
+        let mut block = first;
+        while block < end {
+            let index = geometry.payload_index(BlockIndex(block));
+            let entry = self.cursor.entry(index)?;
+            if self.rules().is_plain(entry) {
+                self.own(index, BatSlot::Payload(BlockIndex(block)), entry)?;
+                self.count(PayloadState::FullyPresent, 1);
+                block += 1;
+                continue;
+            }
+            match judge(index, entry, self.rules()) {
+                Err(finding) => self.findings.take(finding)?,
+                Ok(finding) => {
+                    let silent = finding.is_none();
+                    if let Some(finding) = finding {
+                        self.findings.take(finding)?;
+                    }
+                    let state = entry.payload_state().unwrap_or(PayloadState::NotPresent);
+                    if silent && self.rules().owned_range(BatSlot::Payload(BlockIndex(block)), entry).is_none() {
+                        let equal = self.cursor.count_equal(index, end - block, entry)?;
+                        self.count(state, equal);
+                        self.previous_end = None;
+                        block += equal.max(1);
+                        continue;
+                    }
+                    if state == PayloadState::PartiallyPresent {
+                        partial = partial.or(Some(BlockIndex(block)));
+                    }
+                    self.count(state, 1);
+                    self.own(index, BatSlot::Payload(BlockIndex(block)), entry)?;
+                }
+            }
+            block += 1;
+        }
+        Ok(partial)
+    }
+
+    /// Takes the space of an entry.
+    fn own(&mut self, index: BatIndex, slot: BatSlot, entry: BatEntry) -> Result<()> {
+        let Some(range) = self.rules().owned_range(slot, entry) else {
+            self.previous_end = None;
+            return Ok(());
+        };
+        if self.marks.mark(range.start, range.end.min(self.rules().file_size)) {
+            self.report_overlap(index, slot, entry)?;
+        }
+        if let BatSlot::Payload(_) = slot {
+            let present = entry.state_number() >= BITMAP_PRESENT;
+            if present && self.previous_end != Some(range.start) {
+                self.result.fragments += 1;
+            }
+            if !present {
+                self.result.unneeded_bytes += range.end - range.start;
+            }
+            self.previous_end = present.then_some(range.end);
+        }
+        Ok(())
+    }
+
+    fn report_overlap(&mut self, index: BatIndex, slot: BatSlot, entry: BatEntry) -> Result<()> {
+        let Some(range) = self.rules().owned_range(slot, entry) else { return Ok(()) };
+        self.overlaps += u32::from(self.overlaps <= OWNERS_NAMED_MAX);
+        let owner = if self.overlaps <= OWNERS_NAMED_MAX { self.find_owner(index, &range)? } else { None };
+        let owner = owner.map_or_else(|| "another entry".to_owned(), |owner| self.rules().place(owner).to_string());
+        let detail =
+            format!("claims {:#x} bytes at {:#x}, which {owner} claims too", range.end - range.start, range.start);
+        let place = self.rules().place(index);
+        self.findings.report(Code::BatOverlap, place, detail)
+    }
+
+    /// The first entry before `index`, in the order of the scan, that owns some of a range.
+    fn find_owner(&self, index: BatIndex, range: &std::ops::Range<u64>) -> Result<Option<BatIndex>> {
+        let rules = self.layer.rules();
+        let mut cursor = LayerCursor::new(self.layer);
+        let mut other = 0;
+        while other < index.0 {
+            let entry = cursor.entry(BatIndex(other))?;
+            let owned = rules.owned_range(rules.geometry.slot(BatIndex(other)), entry);
+            if owned.is_some_and(|owned| owned.start < range.end && owned.end > range.start) {
+                return Ok(Some(BatIndex(other)));
+            }
+            other += 1;
+        }
+        Ok(None)
+    }
+
+    /// Judges the bitmap entry of a chunk, and whether it is there when it is needed (V-122).
+    fn bitmap(&mut self, chunk: ChunkIndex, entry: BatEntry, partial: Option<BlockIndex>) -> Result<()> {
+        match self.rules().judge_bitmap(chunk, entry) {
+            Err(finding) => return self.findings.take(finding),
+            Ok(Some(finding)) => self.findings.take(finding)?,
+            Ok(None) => {}
+        }
+        let differencing = self.rules().geometry.is_differencing();
+        let present = differencing && entry.state_number() == BITMAP_PRESENT;
+        if present {
+            self.result.bitmaps_present += 1;
+            self.own(self.rules().geometry.bitmap_index(chunk), BatSlot::Bitmap(chunk), entry)?;
+            if partial.is_none() {
+                self.result.unneeded_bytes += MIB;
+            }
+        }
+        match partial.filter(|_| !present) {
+            Some(block) => {
+                let finding = self.rules().bitmap_missing(block);
+                self.findings.take(finding)
+            }
+            None => Ok(()),
+        }
+    }
+}
