@@ -180,14 +180,20 @@ impl Layer {
             Some(path) => error.with_path(path),
             None => error,
         })?;
-        Ok(Self {
-            path: path.map(Path::to_owned),
+        let layer = Self::from_loaded(loaded);
+        Ok(Self { path: path.map(Path::to_owned), findings: findings.into_findings(), ..layer })
+    }
+
+    /// A layer from what was loaded.
+    pub(crate) fn from_loaded(loaded: Loaded) -> Self {
+        Self {
+            path: None,
             bat: BatCache::new(loaded.metadata.geometry.bat_entries()),
             bitmaps: BitmapCache::new(),
             loaded,
-            findings: findings.into_findings(),
+            findings: Vec::new(),
             lock: None,
-        })
+        }
     }
 
     /// The file's path, where it has one.

@@ -1,5 +1,7 @@
 //! Work on whole images: create, convert, measure and compare.
 
+pub mod check;
+
 use std::ops::ControlFlow;
 
 use crate::error::{Error, ErrorKind, Result};
