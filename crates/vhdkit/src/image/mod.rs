@@ -4,13 +4,13 @@ mod admission;
 mod bat;
 mod bitmap;
 mod device;
-mod extents;
+pub(crate) mod extents;
 mod file_resolver;
 pub(crate) mod layer;
 mod open;
 mod parents;
 mod raw;
-mod replay;
+pub(crate) mod replay;
 pub(crate) mod scan;
 mod view;
 

@@ -34,7 +34,7 @@ pub struct ReplayReport {
 }
 
 /// The ring, read through a window.
-struct FileRing<'a> {
+pub(crate) struct FileRing<'a> {
     storage: &'a dyn Storage,
     offset: u64,
     sectors: u64,
@@ -46,7 +46,7 @@ struct FileRing<'a> {
 const WINDOW_SECTORS: u64 = 64;
 
 impl<'a> FileRing<'a> {
-    fn new(storage: &'a dyn Storage, header: &Header) -> Self {
+    pub(crate) fn new(storage: &'a dyn Storage, header: &Header) -> Self {
         let sectors = u64::from(header.log_length) / SECTOR;
         Self { storage, offset: header.log_offset, sectors, window: Vec::new(), window_start: 0 }
     }

@@ -1,6 +1,7 @@
 //! Work on whole images: create, convert, measure and compare.
 
 pub mod check;
+pub mod dump;
 
 use std::ops::ControlFlow;
 
