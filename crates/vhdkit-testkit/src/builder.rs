@@ -10,7 +10,7 @@ use crate::guid::Guid;
 use crate::layout::{Geometry, Layout};
 use crate::model::{FULLY_PRESENT, ModelBlock, ModelDisk, NOT_PRESENT, PARTIALLY_PRESENT};
 use crate::rng::Rng;
-use crate::sparse::SparseFile;
+use crate::sparse::{SparseFile, is_zero};
 use crate::spec::{HeaderSpec, ItemSpec, LocatorSpec, MIB, MetadataSpec, RegionSpec, RegionTableSpec, put};
 
 /// No structure is written at or past this offset, whatever a BAT entry claims.
@@ -520,7 +520,8 @@ impl ImageBuilder {
                 let count = (block_size - within).min(buffer.len() as u64) as usize;
                 let piece = &mut buffer[..count];
                 block.content.fill(index * block_size, within, piece);
-                if partial {
+                // The stale bytes lie in the same units, so what is zero needs no second look.
+                if partial && !is_zero(piece) {
                     hide_absent(block, &stale, index * block_size, within, layout.geometry.sector_size, piece);
                 }
                 file.write_nonzero(offset + within, piece);
@@ -577,7 +578,7 @@ impl ImageBuilder {
         entries.extend(&self.bat_raw);
         file.zero(layout.bat, u64::from(layout.bat_length));
         for (index, value) in entries {
-            if value != 0 || !file.read(layout.bat_entry(index), 8).iter().all(|byte| *byte == 0) {
+            if value != 0 || file.read_u64(layout.bat_entry(index)) != 0 {
                 file.write_u64(layout.bat_entry(index), value);
             }
         }

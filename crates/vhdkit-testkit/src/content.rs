@@ -85,8 +85,13 @@ impl Content {
             Self::Fill(byte) => buffer.fill(*byte),
             Self::Pattern { seed } => pattern(*seed, first_unit, buffer),
             Self::Sparse { seed, stride } => {
-                for (unit, piece) in (first_unit..).zip(buffer.chunks_mut(UNIT as usize)) {
-                    if unit % stride == 0 { pattern(*seed, unit, piece) } else { piece.fill(0) }
+                buffer.fill(0);
+                let mut unit = first_unit.next_multiple_of(*stride);
+                while let Some(piece) =
+                    buffer.get_mut(((unit - first_unit) * UNIT) as usize..).filter(|rest| !rest.is_empty())
+                {
+                    pattern(*seed, unit, &mut piece[..UNIT as usize]);
+                    unit += stride;
                 }
             }
             Self::Bytes(bytes) => {

@@ -8,6 +8,7 @@ use crate::builder::BuiltImage;
 use crate::guid::Guid;
 use crate::log::{DescriptorSpec, LogEntrySpec, LogRing, Placed};
 use crate::rng::Rng;
+use crate::sparse::is_zero;
 use crate::spec::{Checksum, put};
 
 /// A page of the file and of the log.
@@ -67,7 +68,7 @@ impl DirtyPlan {
     pub fn new(seed: u64) -> Self {
         Self {
             seed,
-            log_guid: Guid::seeded(seed ^ 0x6C6F_67),
+            log_guid: Guid::seeded(seed ^ 0x006C_6F67),
             first_sequence: 1 + (seed & 0xFFFF),
             ring_start: 0,
             pages: Vec::new(),
@@ -96,7 +97,7 @@ impl DirtyPlan {
     #[must_use]
     pub fn move_range(mut self, image: &BuiltImage, offset: u64, length: u64) -> Self {
         let pages = (offset / PAGE..(offset + length).div_ceil(PAGE)).map(|page| page * PAGE);
-        self.pages.extend(pages.filter(|page| image.file.read(*page, 4096).iter().any(|byte| *byte != 0)));
+        self.pages.extend(pages.filter(|page| !is_zero(&image.file.read(*page, 4096))));
         self
     }
 
@@ -283,5 +284,61 @@ impl<'work> Writer<'work> {
                 entry.with(|entry| entry.descriptors = descriptors)
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::builder::ImageBuilder;
+
+    #[test]
+    fn the_ring_holds_what_the_plan_says() {
+        let clean = ImageBuilder::new(8 << 20, 1 << 20).pattern_block(0, 1).pattern_block(1, 2).build();
+        let poison = clean.layout.payload_block(0);
+        let plan = DirtyPlan::new(3).move_bat(&clean).with(|plan| {
+            plan.retired = 2;
+            plan.poison = Some(poison);
+            plan.supersede = true;
+            plan.older_run = true;
+            plan.first_sequence = 100;
+            plan.ring_start = (1 << 20) - 3 * 4096;
+            plan.cut_file = Some(clean.file.len() - (1 << 20));
+        });
+        let mut image = clean.clone();
+        let placed = plan.apply(&mut image);
+        // Each retired entry takes three sectors; the second one ends in the ring's next round.
+        assert_eq!(placed.iter().map(|placed| placed.start).collect::<Vec<_>>(), [3 * 4096, 5 * 4096]);
+        for (sequence, place) in (102..).zip(&placed) {
+            let entry = image.layout.log + u64::from(place.start);
+            assert_eq!(image.file.read(entry, 4), b"loge");
+            assert_eq!(image.file.read_u32(entry + 12), placed[0].start);
+            assert_eq!(image.file.read_u64(entry + 16), sequence);
+            assert_eq!(image.file.read(entry + 32, 16), plan.log_guid.0);
+            assert_eq!(image.file.read_u64(entry + 48), image.file.len());
+            assert_eq!(image.file.read_u64(entry + 56), clean.file.len());
+        }
+        // The head carries the true page: first word in the descriptor, the rest in the sector.
+        let head = image.layout.log + u64::from(placed[1].start);
+        assert_eq!(image.file.read_u64(head + 72), clean.file.read_u64(clean.layout.bat));
+        assert!(image.file.read(head + 4096 + 8, 4084) == clean.file.read(clean.layout.bat + 8, 4084));
+        assert!(is_zero(&image.file.read(image.layout.bat, 4096)));
+        assert!(image.file.read(poison, 4096) == clean.file.read(poison, 4096), "retired entries are not applied");
+        // The older run: the same identity, lower numbers.
+        assert_eq!(image.file.read_u64(image.layout.log + 7 * 4096 + 16), 1);
+        for slot in 0..2 {
+            assert_eq!(image.file.read(image.layout.header(slot) + 48, 16), plan.log_guid.0);
+        }
+    }
+
+    #[test]
+    fn an_invalid_header_stays_as_it_is() {
+        let mut image =
+            ImageBuilder::new(1 << 20, 1 << 20).with(|builder| builder.headers[0].checksum = Checksum::Wrong).build();
+        let before = image.file.clone();
+        edit_header(&mut image, 0, |bytes| bytes[8] = 99);
+        assert_eq!(image.file, before);
+        edit_header(&mut image, 1, |bytes| bytes[8] = 99);
+        assert_ne!(image.file, before);
     }
 }

@@ -198,7 +198,7 @@ fn unpack_file(packed: &Path, target: &Path) -> io::Result<String> {
         }
         let bytes = &buffer[..count];
         hash.update(bytes);
-        if bytes.iter().any(|byte| *byte != 0) {
+        if !crate::sparse::is_zero(bytes) {
             file.write_all_at(bytes, offset)?;
         }
         offset += count as u64;

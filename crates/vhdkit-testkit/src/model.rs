@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::content::{Content, SectorMask, UNIT};
+use crate::sparse::is_zero;
 
 /// Payload state: the parent's data, or zero without a parent.
 pub const NOT_PRESENT: u8 = 0;
@@ -207,7 +208,7 @@ impl ModelDisk {
             let offset = index * piece;
             let length = piece.min(self.virtual_size - offset);
             let bytes = (!self.is_surely_zero(offset, length)).then(|| self.read(offset, length as usize))?;
-            bytes.iter().any(|byte| *byte != 0).then_some((offset, bytes))
+            (!is_zero(&bytes)).then_some((offset, bytes))
         })
     }
 
@@ -228,30 +229,39 @@ impl ModelDisk {
             return Err(format!("length is {length:#x} instead of {:#x}", self.virtual_size));
         }
         let mut data_from = next_data(&source, 0);
-        self.compare_with(|offset, buffer| {
+        self.compare_pieces(|offset, buffer| {
             if data_from < offset {
                 data_from = next_data(&source, offset);
             }
-            if data_from >= offset + buffer.len() as u64 {
-                buffer.fill(0);
-                return Ok(());
+            let is_hole = data_from >= offset + buffer.len() as u64;
+            if !is_hole {
+                source.read_exact_at(buffer, offset)?;
             }
-            source.read_exact_at(buffer, offset)
+            Ok(is_hole)
         })
     }
 
     /// Compares the disk with what `read_at` gives; the error says where they differ first.
     pub fn compare_with(&self, mut read_at: impl FnMut(u64, &mut [u8]) -> io::Result<()>) -> Result<(), String> {
+        self.compare_pieces(|offset, buffer| read_at(offset, buffer).map(|()| false))
+    }
+
+    /// Compares with what `read_at` gives; where it gives true, all is zero and the buffer was left alone.
+    fn compare_pieces(&self, mut read_at: impl FnMut(u64, &mut [u8]) -> io::Result<bool>) -> Result<(), String> {
         let mut buffer = vec![0; 1 << 20];
         let mut offset = 0;
         while offset < self.virtual_size {
             let count = (self.virtual_size - offset).min(buffer.len() as u64) as usize;
             let actual = &mut buffer[..count];
-            read_at(offset, actual).map_err(|error| format!("read at {offset:#x}: {error}"))?;
-            let same = if self.is_surely_zero(offset, count as u64) {
-                actual.iter().all(|byte| *byte == 0)
-            } else {
-                *actual == self.read(offset, count)
+            let is_hole = read_at(offset, actual).map_err(|error| format!("read at {offset:#x}: {error}"))?;
+            let surely_zero = self.is_surely_zero(offset, count as u64);
+            if is_hole && !surely_zero {
+                actual.fill(0);
+            }
+            let same = match (surely_zero, is_hole) {
+                (true, true) => true,
+                (true, false) => is_zero(actual),
+                (false, _) => *actual == self.read(offset, count),
             };
             if !same {
                 let expected = self.read(offset, count);

@@ -9,6 +9,12 @@ use std::path::Path;
 /// The granularity of storage.
 const PAGE: u64 = 4096;
 
+/// Whether all bytes are zero; many times faster than a loop over the bytes in a build without optimisation.
+#[must_use]
+pub fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(PAGE as usize).all(|piece| *piece == [0; PAGE as usize][..piece.len()])
+}
+
 /// Bytes at offsets with a length; what was never written reads as zero.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct SparseFile {
@@ -90,7 +96,7 @@ impl SparseFile {
             let within = (position % PAGE) as usize;
             let (piece, behind) = rest.split_at(rest.len().min(PAGE as usize - within));
             let index = position / PAGE;
-            let hole = keep_holes && !self.pages.contains_key(&index) && piece.iter().all(|byte| *byte == 0);
+            let hole = keep_holes && !self.pages.contains_key(&index) && is_zero(piece);
             if !hole {
                 let page = self.pages.entry(index).or_insert_with(|| Box::new([0; PAGE as usize]));
                 page[within..within + piece.len()].copy_from_slice(piece);

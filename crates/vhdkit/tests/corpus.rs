@@ -1,5 +1,5 @@
 //! Images that others wrote: each gives the guest content that independent readers agreed on, and is left as it was.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::path::Path;
 use std::sync::Arc;

@@ -126,9 +126,10 @@ impl ParentResolver for FileResolver {
             }
             return Ok(vec![candidate(storage, named.clone(), true)]);
         }
+        // A link to an image is as good as the image: its parent lies where the image really is.
         let own = wanted.child.map(|child| {
-            let directory = child.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            directory.canonicalize().unwrap_or_else(|_| directory.to_owned())
+            let real = child.canonicalize().unwrap_or_else(|_| child.to_owned());
+            real.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned()
         });
         let mut search = Search::default();
         for key in [KEY_RELATIVE_PATH, KEY_VOLUME_PATH, KEY_ABSOLUTE_PATH] {

@@ -217,6 +217,13 @@ impl Layer {
         self.loaded.view.physical_size()
     }
 
+    /// Bytes that the file occupies on its file system, holes not counted; `None` when that cannot be told.
+    #[must_use]
+    pub fn disk_usage(&self) -> Option<u64> {
+        let metadata = self.loaded.view.storage().as_file()?.metadata().ok()?;
+        Some(std::os::unix::fs::MetadataExt::blocks(&metadata) * 512) // st_blocks counts in 512 bytes
+    }
+
     /// The program that made the file, as it names itself; for people only.
     #[must_use]
     pub fn creator(&self) -> &str {

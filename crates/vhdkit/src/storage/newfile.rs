@@ -241,15 +241,18 @@ impl NewFile {
         let failed = |error: Errno| Error::io("cannot set the permissions of the new file", error.into());
         let new = rustix::fs::fstat(file).map_err(failed)?;
         let mut mode = Mode::from_raw_mode(old.st_mode) & (Mode::RWXU | Mode::RWXG | Mode::RWXO);
-        // Only a privileged caller may give files away. Setting the owner to what it is would do nothing.
-        if new.st_uid != old.st_uid && rustix::process::geteuid().is_root() {
-            rustix::fs::fchown(file, Some(Uid::from_raw(old.st_uid)), None).map_err(failed)?;
+        if new.st_uid != old.st_uid {
+            // Only a privileged caller may give files away. Otherwise it stays the caller's, who wrote it.
+            let _ = rustix::fs::fchown(file, Some(Uid::from_raw(old.st_uid)), None);
         }
         if new.st_gid != old.st_gid
             && rustix::fs::fchown(file, None, Some(Gid::from_raw(old.st_gid))).is_err()
             && !mode.contains(Mode::RWXO)
         {
             mode &= !Mode::RWXG; // the group is another one, which nobody gave these rights
+        }
+        if Mode::from_raw_mode(new.st_mode) == mode {
+            return Ok(()); // some file systems cannot set any
         }
         rustix::fs::fchmod(file, mode).map_err(failed)
     }
@@ -428,7 +431,11 @@ fn rename_without_replacing(directory: &OwnedFd, from: &OsStr, to: &OsStr) -> Re
         Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
         outcome => return outcome,
     }
-    // The file system cannot do that in one step: take the name first, with an empty file, then put this in its place.
+    rename_over_own_placeholder(directory, from, to)
+}
+
+/// The same where the file system cannot do it in one step: takes the name, with an empty file, then replaces that.
+fn rename_over_own_placeholder(directory: &OwnedFd, from: &OsStr, to: &OsStr) -> Result<(), Errno> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     drop(rustix::fs::openat(directory, to, flags, Mode::RUSR | Mode::WUSR)?);
     rustix::fs::renameat(directory, from, directory, to).inspect_err(|_| remove(directory, Some(to)))
@@ -446,6 +453,23 @@ mod tests {
         assert!(name.to_str().unwrap().starts_with(".\u{e9}"));
         assert!(name.to_str().unwrap().ends_with(".tmp"));
         assert_ne!(temporary_name(OsStr::new("a")), temporary_name(OsStr::new("a")));
+    }
+
+    #[test]
+    fn without_a_rename_that_keeps_what_is_there_a_placeholder_does_it() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = OwnedFd::from(File::open(parent.path()).unwrap());
+        let [from, to] = ["from", "to"].map(OsStr::new);
+        std::fs::write(parent.path().join("from"), "new").unwrap();
+        std::fs::write(parent.path().join("to"), "old").unwrap();
+        assert_eq!(rename_over_own_placeholder(&directory, from, to), Err(Errno::EXIST));
+        assert_eq!(std::fs::read(parent.path().join("to")).unwrap(), b"old");
+        std::fs::remove_file(parent.path().join("to")).unwrap();
+        assert_eq!(rename_over_own_placeholder(&directory, OsStr::new("missing"), to), Err(Errno::NOENT));
+        assert!(!parent.path().join("to").exists(), "the placeholder went");
+        rename_over_own_placeholder(&directory, from, to).unwrap();
+        assert_eq!(std::fs::read(parent.path().join("to")).unwrap(), b"new");
+        assert!(!parent.path().join("from").exists());
     }
 
     #[test]

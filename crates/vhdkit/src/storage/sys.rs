@@ -135,6 +135,30 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_somebody_opens_during_a_probe_does_no_harm() {
+        let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        let file = File::open(&path).unwrap();
+        let (mut granted, mut refused) = (0, 0);
+        std::thread::scope(|scope| {
+            let opener = scope.spawn(|| {
+                for _ in 0..20_000 {
+                    drop(File::open(&path).unwrap());
+                }
+            });
+            while !opener.is_finished() || granted == 0 {
+                match probe_write_lease(&file) {
+                    Ok(()) => granted += 1,
+                    Err(error) => {
+                        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                        refused += 1;
+                    }
+                }
+            }
+        });
+        assert!(granted > 0 && refused > 0, "{granted} granted, {refused} refused");
+    }
+
+    #[test]
     fn cloning_into_something_that_cannot_is_an_error() {
         let file = tempfile::tempfile().unwrap();
         let null = File::options().write(true).open("/dev/null").unwrap();

@@ -1,0 +1,154 @@
+//! Seeds for the fuzz targets, from the testkit's image builder: what `fuzz/src/lib.rs` describes.
+
+use std::fs;
+use std::path::Path;
+
+use vhdkit_testkit::random::{RandomOptions, random_dirty_plan, random_image};
+use vhdkit_testkit::spec::LocatorSpec;
+use vhdkit_testkit::{BuiltImage, Guid, SparseFile};
+
+use crate::shell::Outcome;
+
+/// Images that seeds are made from.
+const IMAGES: u64 = 60;
+/// Longest seed: a short input is mutated where it matters more often.
+const SEED_BYTES_MAX: usize = 24 << 10;
+/// Longest run of bytes that is kept whole: a structure fits, the pattern in a block does not.
+const RUN_BYTES_MAX: usize = 1024;
+/// What is kept of a longer run.
+const RUN_BYTES_KEPT: usize = 64;
+/// Segments start at multiples of this.
+const UNIT: usize = 16;
+
+/// Writes the seeds of a target; says how many there are.
+pub(crate) fn write(target: &str, folder: &Path) -> Outcome<usize> {
+    let seeds: Vec<Vec<u8>> = match target {
+        "open" => images().filter_map(|image| chain(&image)).collect(),
+        "decode" => images().flat_map(|image| structures(&image)).collect(),
+        "locator" => locators(),
+        other => return Err(format!("there are no seeds for \"{other}\"").into()),
+    };
+    if folder.exists() {
+        fs::remove_dir_all(folder)?;
+    }
+    fs::create_dir_all(folder)?;
+    for (number, seed) in seeds.iter().enumerate() {
+        fs::write(folder.join(format!("{number:04}")), seed)?;
+    }
+    Ok(seeds.len())
+}
+
+/// Small images of every kind, every third one dirty, some with a parent.
+fn images() -> impl Iterator<Item = BuiltImage> {
+    (0..IMAGES).map(|seed| {
+        let options = RandomOptions {
+            block_size: (seed % 4 != 0).then_some(1 << 20),
+            virtual_size_max: 64 << 20,
+            blocks_max: 6,
+            ..RandomOptions::chain(1 + (seed % 2) as usize) // 0 or 1: fits
+        };
+        let mut image = random_image(seed, &options);
+        if seed % 3 == 0 {
+            random_dirty_plan(seed, &image).apply(&mut image);
+        }
+        image
+    })
+}
+
+/// The input of `open` for an image and its parent; `None` when it would be too long.
+fn chain(image: &BuiltImage) -> Option<Vec<u8>> {
+    let child = sparse(&image.file)?;
+    let parent = match &image.parent {
+        Some(parent) => sparse(&parent.file)?,
+        None => Vec::new(),
+    };
+    let mut input = u16::try_from(child.len()).ok()?.to_le_bytes().to_vec();
+    input.extend_from_slice(&child);
+    input.extend_from_slice(&parent);
+    (input.len() <= SEED_BYTES_MAX).then_some(input)
+}
+
+/// A file as segments.
+fn sparse(file: &SparseFile) -> Option<Vec<u8>> {
+    let units = u16::try_from(file.len().div_ceil(4096)).ok()?;
+    let cut = u64::from(units) * 4096 - file.len(); // below 4096
+    let mut input = vec![u8::try_from(cut.min(7)).ok()? << 5];
+    input.extend_from_slice(&units.to_le_bytes());
+    for (start, bytes) in file.segments() {
+        for (offset, run) in runs(bytes) {
+            let kept = if run.len() > RUN_BYTES_MAX { run.get(..RUN_BYTES_KEPT)? } else { run };
+            let position = u32::try_from((start + offset as u64) / UNIT as u64).ok()?;
+            input.extend_from_slice(&position.to_le_bytes());
+            input.extend_from_slice(&u16::try_from(kept.len()).ok()?.to_le_bytes());
+            input.extend_from_slice(kept);
+        }
+    }
+    Some(input)
+}
+
+/// The parts of a page that are not zero, in whole units.
+fn runs(bytes: &[u8]) -> Vec<(usize, &[u8])> {
+    let mut runs = Vec::new();
+    let mut begun: Option<usize> = None;
+    for (number, unit) in bytes.chunks(UNIT).enumerate() {
+        let offset = number * UNIT;
+        match (begun, unit.iter().any(|byte| *byte != 0)) {
+            (None, true) => begun = Some(offset),
+            (Some(start), false) => {
+                runs.extend(bytes.get(start..offset).map(|run| (start, run)));
+                begun = None;
+            }
+            _ => {}
+        }
+    }
+    if let Some(start) = begun {
+        runs.extend(bytes.get(start..).map(|run| (start, run)));
+    }
+    runs
+}
+
+/// The inputs of `decode` for each structure of an image.
+fn structures(image: &BuiltImage) -> Vec<Vec<u8>> {
+    let (file, layout) = (&image.file, &image.layout);
+    let seed = |which: u8, parts: &[Vec<u8>]| -> Vec<u8> {
+        let mut input = vec![which, 0];
+        parts.iter().for_each(|part| input.extend_from_slice(part));
+        input
+    };
+    let ring = (0..8).flat_map(|sector| {
+        let start = layout.log + sector * 4096;
+        [file.read(start, 88), file.read(start + 4088, 8)]
+    });
+    let entries: Vec<Vec<u8>> =
+        (0..4_u64).map(|block| [block.to_le_bytes().to_vec(), file.read(layout.bat + block * 8, 8)].concat()).collect();
+    let shape =
+        [vec![0, u8::from(image.parent.is_some()) * 2], image.model.virtual_size.to_le_bytes().to_vec()].concat();
+    vec![
+        seed(0, &[file.read(layout.header(0), 80), file.read(layout.header(1), 80)]),
+        seed(1, &[file.read(layout.region_table(0), 16 + 32 * 4)]),
+        seed(2, &[file.read(layout.metadata, 32 * 12), file.read(layout.metadata + 65536, 1024)]),
+        seed(3, &ring.collect::<Vec<_>>()),
+        seed(4, &[shape.clone(), file.len().to_le_bytes().to_vec(), entries.concat()]),
+        seed(5, &[shape, vec![7; 24]]),
+        seed(6, &[file.read(0, 520)]),
+    ]
+}
+
+/// Locators with every key, and with paths of every kind.
+fn locators() -> Vec<Vec<u8>> {
+    const PATHS: [&str; 8] = [
+        r".\parent.vhdx",
+        r"..\..\parent.vhdx",
+        r"\\?\C:\disks\parent.vhdx",
+        r"c:parent.vhdx",
+        r"\\?\Volume{01234567-89ab-cdef-0123-456789abcdef}\disks\parent.vhdx",
+        r"\\server\share\parent.vhdx",
+        r"\\?\UNC\server\share\parent.vhdx",
+        "sub/\u{1f4be}.vhdx",
+    ];
+    let whole = PATHS.iter().zip(0..).map(|(path, seed)| {
+        let locator = LocatorSpec::new(Guid::seeded(seed), path).pair("absolute_win32_path", path);
+        locator.pair("volume_path", path).pair("parent_linkage2", &Guid::ZERO.braced()).pair("unknown", "value").encode()
+    });
+    whole.chain([LocatorSpec::new(Guid::seeded(9), "x").without("relative_path").encode()]).collect()
+}
