@@ -5,7 +5,7 @@ pub(crate) mod compare;
 pub(crate) mod convert;
 pub(crate) mod create;
 pub(crate) mod info;
-//LAYOUT pub(crate) mod layout;
+pub(crate) mod layout;
 pub(crate) mod manual;
 pub(crate) mod map;
 pub(crate) mod measure;

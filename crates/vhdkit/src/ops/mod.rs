@@ -1,11 +1,16 @@
 //! Work on whole images: create, convert, measure and compare.
 
 pub mod check;
+pub mod create;
 pub mod dump;
+mod layout;
+mod writer;
 
 use std::ops::ControlFlow;
 
 use crate::error::{Error, ErrorKind, Result};
+
+pub use layout::ImagePlan;
 
 /// Hears how far a long operation has come, and may cancel it.
 pub trait Progress: Sync {
