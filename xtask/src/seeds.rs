@@ -148,7 +148,11 @@ fn locators() -> Vec<Vec<u8>> {
     ];
     let whole = PATHS.iter().zip(0..).map(|(path, seed)| {
         let locator = LocatorSpec::new(Guid::seeded(seed), path).pair("absolute_win32_path", path);
-        locator.pair("volume_path", path).pair("parent_linkage2", &Guid::ZERO.braced()).pair("unknown", "value").encode()
+        locator
+            .pair("volume_path", path)
+            .pair("parent_linkage2", &Guid::ZERO.braced())
+            .pair("unknown", "value")
+            .encode()
     });
     whole.chain([LocatorSpec::new(Guid::seeded(9), "x").without("relative_path").encode()]).collect()
 }

@@ -1,7 +1,6 @@
 //! From the command line to the exit code.
 
 use std::ffi::OsString;
-use std::io;
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -79,9 +78,4 @@ fn finish(result: Result<Answer, Failure>, ui: &Ui, interrupt: &Interrupt) -> Ex
         ui.report(&failure, code);
     }
     ExitCode::from(code)
-}
-
-/// An error of writing to standard output, out of a library error that says so.
-pub(crate) fn output_error(error: io::Error) -> Failure {
-    Failure::Output(error)
 }

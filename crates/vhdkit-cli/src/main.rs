@@ -11,6 +11,7 @@ mod progress;
 mod show;
 mod signals;
 mod sizes;
+mod target;
 mod ui;
 
 use std::process::ExitCode;

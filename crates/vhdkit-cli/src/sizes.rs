@@ -1,4 +1,5 @@
-//! Sizes on the command line and in the output: always binary, never rounded silently.
+//! Sizes on the command line and in the output: always binary. What is read is exact; what is rounded in print comes with
+//! the exact number wherever it matters.
 
 /// The unit letters and the power of two that each stands for.
 const UNITS: [(char, u32); 5] = [('k', 10), ('m', 20), ('g', 30), ('t', 40), ('p', 50)];

@@ -3,18 +3,18 @@
 use std::io::{self, BufWriter, Write as _};
 use std::path::Path;
 
-use vhdkit::storage::{NewFile, NewFileOptions, Storage as _};
 use vhdkit::{Error, ErrorKind};
 
 use crate::args::MapArgs;
 use crate::cli::Context;
 use crate::failure::{Answer, Failure};
-use crate::formats::Wanted;
+use crate::formats::{Wanted, is_block_device};
 use crate::map::grid::Grid;
 use crate::map::picture::Canvas;
 use crate::map::{json, picture, svg, visit_joined};
 use crate::opening::{Disk, DiskRequest, open_disk};
 use crate::show;
+use crate::target::Target;
 use crate::ui::Ui;
 
 /// Columns of a terminal that does not tell.
@@ -64,14 +64,15 @@ fn fill_grid(context: &Context, disk: &Disk, cells_max: u64) -> Result<Grid, Fai
 }
 
 fn write_svg(context: &Context, disk: &Disk, title: &str, target: &Path) -> Result<(), Failure> {
-    let sources = disk.identities();
-    let options = NewFileOptions { replace: context.global.force, sources, ..NewFileOptions::default() };
-    let file = NewFile::create(target, options)?;
+    if is_block_device(target) {
+        return Err(Failure::usage("the picture is not for a block device", "name a file for the picture"));
+    }
+    let file = Target::open(context, target, disk.identities())?;
     let grid = fill_grid(context, disk, svg::CELLS_MAX)?;
     let picture = svg::draw(title, &grid, &|layer| disk.layer_name(layer).to_owned());
     let written = file.storage().write_at(picture.as_bytes(), 0);
     written.map_err(|error| Error::io("cannot write the picture", error).with_path(target))?;
-    Ok(file.commit(false)?)
+    file.commit(false)
 }
 
 /// How the terminal is.

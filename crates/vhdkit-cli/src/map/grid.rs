@@ -45,10 +45,8 @@ pub(crate) struct Cell {
     pub(crate) zero: u64,
     /// Bytes that nobody says anything about.
     pub(crate) hole: u64,
-    /// The layer that most of the data is in, as far as that can be told while extents go by.
+    /// The nearest layer that has data here: what was changed last is what people look for.
     pub(crate) layer: usize,
-    /// Bytes of data of that layer in one extent.
-    largest: u64,
 }
 
 /// How a cell is shown.
@@ -119,11 +117,8 @@ impl Grid {
             let Some(cell) = usize::try_from(number).ok().and_then(|number| self.cells.get_mut(number)) else { break };
             match kind {
                 Kind::Data => {
+                    cell.layer = if cell.data == 0 { extent.layer } else { cell.layer.min(extent.layer) };
                     cell.data += length;
-                    if length > cell.largest {
-                        cell.largest = length;
-                        cell.layer = extent.layer;
-                    }
                 }
                 Kind::Zero => cell.zero += length,
                 Kind::Hole => cell.hole += length,
