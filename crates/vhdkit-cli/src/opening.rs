@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vhdkit::format::finding::{Code, Severity};
 use vhdkit::format::guid::Guid;
 use vhdkit::image::{BlockDevice, FileResolver, Image, Layer, OpenOptions, RawDisk};
-use vhdkit::storage::{FileAccess, FileStorage, Sharing, Storage as _, StorageIdentity};
+use vhdkit::storage::{FileAccess, FileStorage, Sharing, StorageIdentity};
 
 use crate::args::{Format, GlobalArgs};
 use crate::cli::Context;

@@ -1,6 +1,8 @@
 //! Where output goes: what was asked for to standard output, everything else to standard error.
 
+use std::fs::File;
 use std::io::{self, BufWriter, IsTerminal as _, StdoutLock, Write};
+use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use anstream::{AutoStream, ColorChoice};
@@ -14,6 +16,11 @@ use crate::show;
 
 /// Standard output with colours where they are wanted.
 pub(crate) type Out = BufWriter<AutoStream<StdoutLock<'static>>>;
+
+/// Standard output as a file: no buffer, no looking for line ends.
+pub(crate) fn raw_stdout() -> io::Result<File> {
+    Ok(File::from(io::stdout().as_fd().try_clone_to_owned()?))
+}
 
 /// Headings.
 pub(crate) const HEADING: Style = Style::new().bold();

@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
+use vhdkit::Error;
 use vhdkit::format::bat::PayloadState;
-use vhdkit::format::finding::{Severity, Strictness};
+use vhdkit::format::finding::{Code, Severity, Strictness};
 use vhdkit::ops::check::{CheckOptions, CheckReport, CheckSummary, check};
 use vhdkit::storage::{FileAccess, FileStorage, Storage};
 use vhdkit::text::escape;
@@ -37,6 +38,10 @@ pub(crate) fn run(context: &Context, args: &CheckArgs) -> Result<Answer, Failure
     let bar = Bar::new("checking", &context.ui, &context.interrupt);
     let report = check(&storage, Some(&args.image), &options, &bar).map_err(|error| error.with_path(&args.image))?;
     drop(bar);
+    // What is no VHDX at all is nothing to judge.
+    if let Some(finding) = report.findings.iter().find(|finding| finding.code() == Code::FileSignature) {
+        return Err(Error::from_finding(finding).with_path(&args.image).into());
+    }
     let clean = report.errors == 0 && (report.warnings == 0 || !args.strict);
     if context.ui.json {
         Ui::print_json(&to_json(&args.image, &report, clean))?;

@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use serde_json::{Value, json};
 use vhdkit::image::{Image, Layer, OpenOptions};
 use vhdkit::ops::create::{CreateOptions, NewParent, create};
-use vhdkit::storage::{Storage as _, StorageIdentity};
+use vhdkit::storage::StorageIdentity;
 use vhdkit::{Error, ErrorKind};
 
 use super::layout;

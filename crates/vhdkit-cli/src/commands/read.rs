@@ -12,7 +12,7 @@ use crate::cli::Context;
 use crate::failure::{Answer, Failure};
 use crate::formats::Wanted;
 use crate::opening::{DiskRequest, open_disk};
-use crate::ui::Ui;
+use crate::ui::{self, Ui};
 
 /// Bytes that are read and written at once: large enough that system calls do not matter, small enough for the cache.
 const PIECE_BYTES: usize = 1 << 20;
@@ -57,7 +57,7 @@ struct Sink {
 
 impl Sink {
     fn stdout() -> io::Result<Self> {
-        let mut file = File::from(std::os::fd::AsFd::as_fd(&io::stdout()).try_clone_to_owned()?);
+        let mut file = ui::raw_stdout()?;
         let metadata = file.metadata()?;
         let appends = rustix::fs::fcntl_getfl(&file)?.contains(rustix::fs::OFlags::APPEND);
         let sparse = metadata.is_file() && !appends && file.stream_position()? == metadata.len();
