@@ -30,9 +30,14 @@ fn info_tells_what_an_image_is() {
     let scratch = Scratch::new();
     scratch.image("disk.vhdx");
     let text = scratch.run(&["info", "disk.vhdx"]).expect(0).silent().out;
-    for part in
-        ["dynamic", "8 MiB (8388608 bytes)", "vhdkit-testkit", "512 bytes logical, 4096 bytes physical", "clean", "BAT region"]
-    {
+    for part in [
+        "dynamic",
+        "8 MiB (8388608 bytes)",
+        "vhdkit-testkit",
+        "512 bytes logical, 4096 bytes physical",
+        "clean",
+        "BAT region",
+    ] {
         assert!(text.contains(part), "{part}: {text}");
     }
     let json = scratch.run(&["info", "disk.vhdx", "--json"]).expect(0).silent().json();
@@ -125,7 +130,12 @@ fn dump_shows_both_copies_even_of_a_damaged_image() {
     }
     let json = scratch.run(&["info", "--dump", "--json", "disk.vhdx"]).expect(0).json();
     assert!(json["dump"].as_array().unwrap().len() > 5);
-    dynamic().patch(192 << 10, &[0; 64]).patch(256 << 10, &[0; 64]).build().write_to(&scratch.join("bad.vhdx")).unwrap();
+    dynamic()
+        .patch(192 << 10, &[0; 64])
+        .patch(256 << 10, &[0; 64])
+        .build()
+        .write_to(&scratch.join("bad.vhdx"))
+        .unwrap();
     let run = scratch.run(&["info", "--dump", "bad.vhdx"]).expect(4);
     assert!(run.out.contains("header copy 2") && run.err.contains("[V-061]"), "{run:?}");
 }
@@ -135,9 +145,30 @@ fn create_makes_what_was_asked_for() {
     let scratch = Scratch::new();
     let json = scratch
         .run(&[
-            "create", "disk.vhdx", "--size", "1.5G", "--block-size", "1M", "--logical-sector-size", "4096",
-            "--physical-sector-size", "4096", "--log-size", "2M", "--preallocate", "falloc", "--block-state", "zero",
-            "--disk-id", UUID[0], "--creator", "somebody", "--file-write-guid", UUID[1], "--data-write-guid", UUID[2],
+            "create",
+            "disk.vhdx",
+            "--size",
+            "1.5G",
+            "--block-size",
+            "1M",
+            "--logical-sector-size",
+            "4096",
+            "--physical-sector-size",
+            "4096",
+            "--log-size",
+            "2M",
+            "--preallocate",
+            "falloc",
+            "--block-state",
+            "zero",
+            "--disk-id",
+            UUID[0],
+            "--creator",
+            "somebody",
+            "--file-write-guid",
+            UUID[1],
+            "--data-write-guid",
+            UUID[2],
             "--json",
         ])
         .expect(0)
@@ -184,8 +215,14 @@ fn create_names_the_next_valid_size() {
     let run = scratch.run(&["create", "a.vhdx", "--size", "1000"]).expect(2);
     assert!(run.err.contains("1024"), "{}", run.err);
     let layout = [
-        ["--block-size", "3M"], ["--block-size", "512M"], ["--block-size", "8G"], ["--logical-sector-size", "1024"],
-        ["--physical-sector-size", "1"], ["--log-size", "1000"], ["--log-size", "64G"], ["--size", "65T"],
+        ["--block-size", "3M"],
+        ["--block-size", "512M"],
+        ["--block-size", "8G"],
+        ["--logical-sector-size", "1024"],
+        ["--physical-sector-size", "1"],
+        ["--log-size", "1000"],
+        ["--log-size", "64G"],
+        ["--size", "65T"],
     ];
     for option in layout {
         let mut arguments = vec!["create", "a.vhdx"];
@@ -428,7 +465,10 @@ fn map_has_the_shape_of_qemu_img_and_covers_the_disk() {
             position += length;
         }
         assert_eq!(position, 8 * MIB);
-        assert_eq!(extents.iter().filter(|extent| extent["data"] == true).count(), if image == "base.vhdx" { 2 } else { 3 });
+        assert_eq!(
+            extents.iter().filter(|extent| extent["data"] == true).count(),
+            if image == "base.vhdx" { 2 } else { 3 }
+        );
     }
 }
 
@@ -467,7 +507,11 @@ fn measure_tells_what_convert_makes() {
         let mut words = vec!["convert", "disk.vhdx", "out.vhdx", "--force"];
         words.extend(layout);
         scratch.run(&words).expect(0);
-        assert_eq!(scratch.join("out.vhdx").metadata().unwrap().len(), json["required"].as_u64().unwrap(), "{layout:?}");
+        assert_eq!(
+            scratch.join("out.vhdx").metadata().unwrap().len(),
+            json["required"].as_u64().unwrap(),
+            "{layout:?}"
+        );
     }
     let text = scratch.run(&["measure", "--size", "64T", "--block-size", "1M"]).expect(0).out;
     assert!(text.contains("required size:") && text.contains("fully allocated size: 64 TiB"), "{text}");

@@ -144,10 +144,14 @@ fn usage_errors_are_json_too() {
 
 #[test]
 fn a_file_that_is_not_there() {
-    for_each_reader(|_| {}, "missing.vhdx", |name, _, run| {
-        let run = run.expect(5);
-        assert_is_an_error(name, &run, "missing.vhdx");
-    });
+    for_each_reader(
+        |_| {},
+        "missing.vhdx",
+        |name, _, run| {
+            let run = run.expect(5);
+            assert_is_an_error(name, &run, "missing.vhdx");
+        },
+    );
 }
 
 #[test]
@@ -166,10 +170,14 @@ fn a_directory() {
 #[test]
 fn a_fifo_is_an_error_and_no_hang() {
     for file in ["fifo.vhdx", "fifo.raw"] {
-        for_each_reader(|scratch| make_fifo(&scratch.join(file)), file, |name, _, run| {
-            assert!(matches!(run.code, Some(2..=6)), "{name}: {run:?}");
-            assert_is_an_error(name, &run, file);
-        });
+        for_each_reader(
+            |scratch| make_fifo(&scratch.join(file)),
+            file,
+            |name, _, run| {
+                assert!(matches!(run.code, Some(2..=6)), "{name}: {run:?}");
+                assert_is_an_error(name, &run, file);
+            },
+        );
     }
 }
 
@@ -305,10 +313,18 @@ fn names_with_control_characters_never_reach_the_output() {
             assert!(!text.contains('\u{1b}') && !text.contains('\u{202e}'), "{name}: {text:?}");
         },
     );
-    for_each_reader(|_| {}, hostile, |name, _, run| {
-        let run = run.expect(5);
-        assert!(!run.err.contains('\u{1b}') && run.err.contains("a\\u{1b}[31m\\u{202e}b.vhdx"), "{name}: {}", run.err);
-    });
+    for_each_reader(
+        |_| {},
+        hostile,
+        |name, _, run| {
+            let run = run.expect(5);
+            assert!(
+                !run.err.contains('\u{1b}') && run.err.contains("a\\u{1b}[31m\\u{202e}b.vhdx"),
+                "{name}: {}",
+                run.err
+            );
+        },
+    );
 }
 
 #[test]

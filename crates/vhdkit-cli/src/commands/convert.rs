@@ -64,9 +64,7 @@ pub(crate) fn run(context: &Context, args: &ConvertArgs) -> Result<Answer, Failu
     let spill_storage: Option<Arc<dyn Storage>> = spill.as_ref().map(|file| file.storage() as Arc<dyn Storage>);
     let destination = match plan.to {
         Format::Raw => Destination::Raw { storage: &storage },
-        Format::Vhdx => {
-            Destination::Vhdx { storage: &storage, layout: &plan.layout, spill: spill_storage.as_ref() }
-        }
+        Format::Vhdx => Destination::Vhdx { storage: &storage, layout: &plan.layout, spill: spill_storage.as_ref() },
     };
     let report = transfer(context, &plan, source.as_ref(), destination)?;
     if plan.verify
@@ -83,7 +81,7 @@ pub(crate) fn run(context: &Context, args: &ConvertArgs) -> Result<Answer, Failu
 fn plan(args: &ConvertArgs) -> Result<Plan<'_>, Failure> {
     let to = target_format(&args.target, args.to)?;
     let (stdin, stdout) = (is_standard_stream(&args.source), is_standard_stream(&args.target));
-    if stdin && args.from == Some(Format::Vhdx) {
+    if stdin && args.from.from == Some(Format::Vhdx) {
         return Err(Failure::usage(
             "a VHDX cannot be read from standard input, since it is not read from front to back",
             "save it to a file first",
@@ -109,7 +107,7 @@ fn plan(args: &ConvertArgs) -> Result<Plan<'_>, Failure> {
     }
     Ok(Plan {
         source: &args.source,
-        from: args.from,
+        from: args.from.from,
         target: &args.target,
         to,
         layout: layout::options(&args.layout, args.size)?,

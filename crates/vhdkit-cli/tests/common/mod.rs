@@ -23,19 +23,19 @@ use vhdkit_testkit::foreign;
 
 /// How long any run in these tests may take, however busy the machine is.
 const TIMEOUT: Duration = Duration::from_secs(60);
-pub const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 
 /// A run that ended.
 #[derive(Debug)]
-pub struct Run {
-    pub code: Option<i32>,
-    pub stdout: Vec<u8>,
-    pub out: String,
-    pub err: String,
+pub(crate) struct Run {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 impl Run {
-    pub fn new(output: Output) -> Self {
+    pub(crate) fn new(output: Output) -> Self {
         Self {
             code: output.status.code(),
             out: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -45,20 +45,20 @@ impl Run {
     }
 
     #[track_caller]
-    pub fn expect(self, code: i32) -> Self {
+    pub(crate) fn expect(self, code: i32) -> Self {
         assert_eq!(self.code, Some(code), "stdout: {}\nstderr: {}", self.out, self.err);
         self
     }
 
     /// Standard output as JSON.
     #[track_caller]
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {}", self.out))
     }
 
     /// The error on standard error as JSON.
     #[track_caller]
-    pub fn json_error(&self) -> Value {
+    pub(crate) fn json_error(&self) -> Value {
         let line = self.err.lines().last().unwrap_or_default();
         let value: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {}", self.err));
         value["error"].clone()
@@ -66,7 +66,7 @@ impl Run {
 
     /// Everything was said, and nothing on standard error.
     #[track_caller]
-    pub fn silent(self) -> Self {
+    pub(crate) fn silent(self) -> Self {
         assert_eq!(self.err, "");
         self
     }
@@ -74,25 +74,25 @@ impl Run {
 
 /// A directory for one test.
 #[derive(Debug)]
-pub struct Scratch {
+pub(crate) struct Scratch {
     directory: tempfile::TempDir,
 }
 
 impl Scratch {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { directory: tempfile::tempdir().unwrap() }
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.directory.path()
     }
 
-    pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
+    pub(crate) fn join(&self, name: impl AsRef<Path>) -> PathBuf {
         self.path().join(name)
     }
 
     /// The command in this directory.
-    pub fn command<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
+    pub(crate) fn command<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vhdkit"));
         command.args(arguments).current_dir(self.path()).env("LC_ALL", "C").env_remove("NO_COLOR");
         command
@@ -100,18 +100,18 @@ impl Scratch {
 
     /// Runs the program in this directory with nothing on standard input.
     #[track_caller]
-    pub fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Run {
+    pub(crate) fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Run {
         Run::new(foreign::run(&mut self.command(arguments), TIMEOUT).unwrap())
     }
 
-    pub fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
         let path = self.join(name);
         std::fs::write(&path, bytes).unwrap();
         path
     }
 
     /// The names in the directory, hidden ones too.
-    pub fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.path()).unwrap();
         let mut names: Vec<String> =
             entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
@@ -120,20 +120,20 @@ impl Scratch {
     }
 
     /// The sum of every regular file in the directory.
-    pub fn sums(&self) -> BTreeMap<String, String> {
+    pub(crate) fn sums(&self) -> BTreeMap<String, String> {
         let files = self.names().into_iter().filter(|name| self.join(name).is_file());
         files.map(|name| (name.clone(), foreign::sha256_file(&self.join(name)).unwrap())).collect()
     }
 
     /// A dynamic image of 8 MiB with data in its second and fifth block.
-    pub fn image(&self, name: &str) -> BuiltImage {
+    pub(crate) fn image(&self, name: &str) -> BuiltImage {
         let built = dynamic().build();
         built.write_to(&self.join(name)).unwrap();
         built
     }
 
     /// `base.vhdx` and `child.vhdx`.
-    pub fn chain(&self) -> BuiltImage {
+    pub(crate) fn chain(&self) -> BuiltImage {
         let base = Arc::new(dynamic().named("base.vhdx").build());
         let child = ImageBuilder::new(8 * MIB, MIB as u32).named("child.vhdx").differencing(&base).pattern_block(2, 77);
         let child = child.build();
@@ -142,7 +142,7 @@ impl Scratch {
     }
 
     /// An image whose log holds its BAT and metadata.
-    pub fn dirty(&self, name: &str) -> BuiltImage {
+    pub(crate) fn dirty(&self, name: &str) -> BuiltImage {
         let mut built = dynamic().build();
         let plan = DirtyPlan::new(5).move_bat(&built).move_metadata(&built);
         plan.apply(&mut built);
@@ -152,22 +152,22 @@ impl Scratch {
 }
 
 /// The image that most tests use.
-pub fn dynamic() -> ImageBuilder {
+pub(crate) fn dynamic() -> ImageBuilder {
     ImageBuilder::new(8 * MIB, MIB as u32).pattern_block(1, 11).pattern_block(4, 44)
 }
 
 /// All bytes of a disk.
-pub fn disk_bytes(built: &BuiltImage) -> Vec<u8> {
+pub(crate) fn disk_bytes(built: &BuiltImage) -> Vec<u8> {
     built.model.read(0, (8 * MIB) as usize)
 }
 
 /// Bytes that are no image, the same each time.
-pub fn junk(length: usize) -> Vec<u8> {
+pub(crate) fn junk(length: usize) -> Vec<u8> {
     (0..length).map(|index| (index.wrapping_mul(2_654_435_761) >> 7) as u8).collect()
 }
 
 /// Makes a FIFO.
-pub fn make_fifo(path: &Path) {
+pub(crate) fn make_fifo(path: &Path) {
     let mode = rustix::fs::Mode::from_raw_mode(0o600);
     rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
 }
