@@ -370,10 +370,10 @@ pub(crate) struct LayoutArgs {
     /// Bytes of a physical sector: 512 or 4096
     #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
     pub(crate) physical_sector_size: Option<u64>,
-    /// Bytes of the log, a multiple of 1M; 0 chooses by the size of the disk
+    /// Bytes of the log, a multiple of 1M; 0 chooses by itself
     #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
     pub(crate) log_size: Option<u64>,
-    /// Reserve the space of a fixed image beforehand
+    /// Reserve the space of the file beforehand: of a fixed image all of it, otherwise that of the tables
     #[arg(long, value_name = "HOW", value_enum)]
     pub(crate) preallocate: Option<Preallocate>,
     /// State of blocks without data

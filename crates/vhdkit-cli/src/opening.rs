@@ -58,8 +58,6 @@ pub(crate) fn check_parent_options(global: &GlobalArgs) -> Result<(), Failure> {
 #[derive(Debug)]
 pub(crate) struct Disk {
     pub(crate) device: Arc<dyn BlockDevice>,
-    /// The same disk, when it is a VHDX.
-    pub(crate) image: Option<Arc<Image>>,
     /// The name of each layer's file, safe to print.
     pub(crate) layer_names: Vec<String>,
 }
@@ -97,9 +95,9 @@ pub(crate) fn open_disk(context: &Context, request: DiskRequest<'_>) -> Result<D
     match format {
         Format::Raw => open_raw(context, request.path, request.raw_sector),
         Format::Vhdx => {
-            let image = Arc::new(open_image(context, request.path)?);
+            let image = open_image(context, request.path)?;
             let layer_names = image.layers().iter().map(layer_name).collect();
-            Ok(Disk { device: Arc::<Image>::clone(&image), image: Some(image), layer_names })
+            Ok(Disk { device: Arc::new(image), layer_names })
         }
     }
 }
@@ -116,7 +114,10 @@ pub(crate) fn open_image(context: &Context, path: &Path) -> Result<Image, Failur
 /// Tells what the user should know about an image that can be used all the same.
 pub(crate) fn warn_about(context: &Context, image: &Image) {
     let mut lock_note = None;
-    for layer in image.layers() {
+    for (depth, layer) in image.layers().iter().enumerate() {
+        if let Some(path) = layer.path().filter(|_| depth > 0) {
+            context.ui.detail(&format!("parent {depth}: {}", show::path(path)));
+        }
         for finding in layer.findings() {
             if finding.severity() >= Severity::Warning || finding.code() == Code::LogNeedsReplay {
                 context.ui.warn(layer.path(), &finding.to_string());
@@ -140,7 +141,7 @@ fn open_raw(context: &Context, path: &Path, sector: u32) -> Result<Disk, Failure
         let why = format!("the size is no multiple of the sector of {sector} bytes");
         context.ui.warn(Some(path), &format!("{why}; the disk is padded with {padding} bytes of zeros"));
     }
-    Ok(Disk { device: Arc::new(disk), image: None, layer_names: vec![show::file_name(path)] })
+    Ok(Disk { device: Arc::new(disk), layer_names: vec![show::file_name(path)] })
 }
 
 /// The name of the file of a layer, safe to print.

@@ -86,9 +86,6 @@ fn info_shows_each_link_of_the_chain() {
     scratch.run(&["check", "child.vhdx"]).expect(0);
     let json = scratch.run(&["info", "child.vhdx", "--json", "--parent", "away/renamed.vhdx"]).expect(0).json();
     assert_eq!(json["chain"][0]["verdict"], "ok", "{json}");
-    std::fs::rename(scratch.join("away/renamed.vhdx"), scratch.join("away/base.vhdx")).unwrap();
-    let json = scratch.run(&["info", "child.vhdx", "--json", "--parent-dir", "away"]).expect(0).json();
-    assert_eq!(json["chain"][0]["verdict"], "ok", "{json}");
 
     scratch.image("other.vhdx");
     ImageBuilder::new(8 * MIB, MIB as u32)
@@ -270,7 +267,8 @@ fn convert_there_and_back() {
     scratch.run(&["convert", "again.vhdx", "fixed.vhdx", "--fixed", "--verify"]).expect(0);
     assert_eq!(scratch.run(&["info", "fixed.vhdx", "--json"]).json()["type"], "fixed");
     assert_eq!(scratch.run(&["read", "fixed.vhdx"]).expect(0).stdout, bytes);
-    scratch.run(&["convert", "fixed.vhdx", "scan.vhdx", "--no-zero-scan", "--block-size", "1M"]).expect(0);
+    scratch.write("dense.raw", &bytes);
+    scratch.run(&["convert", "dense.raw", "scan.vhdx", "--no-zero-scan", "--block-size", "1M"]).expect(0);
     let check = scratch.run(&["check", "scan.vhdx", "--json"]).expect(0).json();
     assert_eq!(check["statistics"]["blocks"]["fully-present"], 8, "{check}");
 }

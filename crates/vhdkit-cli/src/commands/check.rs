@@ -23,7 +23,7 @@ use crate::sizes;
 use crate::ui::{BAD, DOUBTFUL, FAINT, GOOD, HEADING, Ui};
 
 /// Columns of the names in the statistics.
-const NAME_WIDTH: usize = 26;
+const NAME_WIDTH: usize = 27;
 
 /// Checks the image and lists the findings.
 pub(crate) fn run(context: &Context, args: &CheckArgs) -> Result<Answer, Failure> {

@@ -56,7 +56,7 @@ fn source(context: &Context, args: &MeasureArgs) -> Result<Arc<dyn BlockDevice>,
         return Ok(open_disk(context, request)?.device);
     }
     let size = args.size.unwrap_or_default(); // clap wants one of the two
-    if size % u64::from(sector) != 0 {
+    if !size.is_multiple_of(u64::from(sector)) {
         let what = format!("the size {size} is not a multiple of the sector of {sector} bytes");
         let next = size.checked_next_multiple_of(u64::from(sector)).unwrap_or(size);
         return Err(Error::new(ErrorKind::InvalidArgument, what)

@@ -5,6 +5,7 @@ use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::ops::{ControlFlow, Range};
 
 use vhdkit::image::{BlockDevice, Extent, ExtentKind};
+use vhdkit::ops::Progress as _;
 use vhdkit::{Error, ErrorKind};
 
 use crate::args::ReadArgs;
@@ -12,6 +13,7 @@ use crate::cli::Context;
 use crate::failure::{Answer, Failure};
 use crate::formats::Wanted;
 use crate::opening::{DiskRequest, open_disk};
+use crate::progress::Bar;
 use crate::ui::{self, Ui};
 
 /// Bytes that are read and written at once: large enough that system calls do not matter, small enough for the cache.
@@ -31,7 +33,8 @@ pub(crate) fn run(context: &Context, args: &ReadArgs) -> Result<Answer, Failure>
             "send them to a file or a pipe, or say --force",
         ));
     }
-    write_range(disk.device.as_ref(), range, &mut Sink::stdout()?)?;
+    let bar = Bar::new("reading", &context.ui, &context.interrupt);
+    write_range(disk.device.as_ref(), range, &mut Sink::stdout()?, &bar)?;
     Ok(Answer::Yes)
 }
 
@@ -90,11 +93,13 @@ impl Sink {
 }
 
 /// Writes a range of a disk. What reads as zero is not read.
-fn write_range(disk: &dyn BlockDevice, range: Range<u64>, out: &mut Sink) -> Result<(), Failure> {
+fn write_range(disk: &dyn BlockDevice, range: Range<u64>, out: &mut Sink, bar: &Bar) -> Result<(), Failure> {
     let mut buffer = vec![0; PIECE_BYTES];
     let mut failed = None;
-    disk.visit_extents(range, &mut |extent| match write_extent(disk, extent, &mut buffer, out) {
-        Ok(()) => ControlFlow::Continue(()),
+    let (start, total) = (range.start, range.end - range.start);
+    let mut advance = |position: u64| bar.advance(position - start, Some(total));
+    disk.visit_extents(range, &mut |extent| match write_extent(disk, extent, &mut buffer, out, &mut advance) {
+        Ok(flow) => flow,
         Err(failure) => {
             failed = Some(failure);
             ControlFlow::Break(())
@@ -106,9 +111,16 @@ fn write_range(disk: &dyn BlockDevice, range: Range<u64>, out: &mut Sink) -> Res
     }
 }
 
-fn write_extent(disk: &dyn BlockDevice, extent: &Extent, buffer: &mut [u8], out: &mut Sink) -> Result<(), Failure> {
+fn write_extent(
+    disk: &dyn BlockDevice,
+    extent: &Extent,
+    buffer: &mut [u8],
+    out: &mut Sink,
+    advance: &mut dyn FnMut(u64) -> ControlFlow<()>,
+) -> Result<ControlFlow<()>, Failure> {
     if !matches!(extent.kind, ExtentKind::Data { .. }) {
-        return Ok(out.write_zeros(extent.length)?);
+        out.write_zeros(extent.length)?;
+        return Ok(advance(extent.end()));
     }
     let mut offset = extent.start;
     while offset < extent.end() {
@@ -117,6 +129,9 @@ fn write_extent(disk: &dyn BlockDevice, extent: &Extent, buffer: &mut [u8], out:
         disk.read_at(piece, offset)?;
         out.file.write_all(piece)?;
         offset += piece.len() as u64; // stays inside the extent
+        if advance(offset).is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
     }
-    Ok(())
+    Ok(ControlFlow::Continue(()))
 }
