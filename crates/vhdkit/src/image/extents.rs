@@ -44,13 +44,16 @@ pub(crate) struct LayerCursor<'a> {
     window_start: u64,
     /// Entries known to be zero because the file has a hole there.
     hole: Range<u64>,
+    /// Entries that the file may hold data for. Asked for once per stretch, since some file systems walk all of a
+    /// stretch to find its end.
+    data: Range<u64>,
     run: Option<Run>,
     bitmap: Option<(u64, Box<BitmapPage>)>,
 }
 
 impl<'a> LayerCursor<'a> {
     pub(crate) fn new(layer: &'a Layer) -> Self {
-        Self { layer, window: Vec::new(), window_start: 0, hole: 0..0, run: None, bitmap: None }
+        Self { layer, window: Vec::new(), window_start: 0, hole: 0..0, data: 0..0, run: None, bitmap: None }
     }
 
     /// Makes sure that an entry is in the window or in the hole.
@@ -65,13 +68,15 @@ impl<'a> LayerCursor<'a> {
         let bat = rules.bat_offset.0; // the BAT region lies inside the file, so sums below do not overflow
         let from = bat + index * BAT_ENTRY_BYTES;
         let until = bat + entries * BAT_ENTRY_BYTES;
-        let data = self.layer.view().next_data(from..until)?;
-        let data_index = data.map_or(entries, |data| (data.start - bat) / BAT_ENTRY_BYTES);
-        if data_index > index {
-            self.hole = index..data_index;
-            return Ok(());
+        if !self.data.contains(&index) {
+            let data = self.layer.view().next_data(from..until)?.unwrap_or(until..until);
+            self.data = (data.start - bat) / BAT_ENTRY_BYTES..(data.end - bat).div_ceil(BAT_ENTRY_BYTES);
+            if self.data.start > index {
+                self.hole = index..self.data.start;
+                return Ok(());
+            }
         }
-        let count = WINDOW_ENTRIES.min(entries - index);
+        let count = WINDOW_ENTRIES.min(self.data.end - index);
         self.window.clear();
         self.window.resize(usize::try_from(count).unwrap_or_default(), 0);
         self.window_start = index;
