@@ -1,7 +1,7 @@
 //! Bugs that other readers of this format have, each as a test that a reader with the bug fails.
 //!
 //! The names say who had it. What is wrong with the writers among them is proved where this project writes. Images that
-//! QEMU itself made are in `oracle_qemu_made.rs`.
+//! QEMU itself made are in `oracle_qemu.rs`.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
