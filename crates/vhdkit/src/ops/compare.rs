@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use super::buffer::PageBuffer;
 use super::segments::{Segment, Segments, is_zero};
 use super::{Progress, advance};
 use crate::error::{Error, Result};
@@ -159,7 +160,7 @@ impl Pair<'_> {
 
 impl Work<'_> {
     fn run(&self) {
-        let mut buffers = [vec![0; CHUNK_LENGTH], vec![0; CHUNK_LENGTH]];
+        let mut buffers = [PageBuffer::new(CHUNK_LENGTH), PageBuffer::new(CHUNK_LENGTH)];
         // Parts come in order: once a difference is found, no part that is not given out yet can hold an earlier one.
         while !self.stopped.load(Ordering::Relaxed) && self.difference.load(Ordering::Relaxed) == u64::MAX {
             let next = self.pair.lock().unwrap_or_else(PoisonError::into_inner).next();
@@ -175,13 +176,13 @@ impl Work<'_> {
         }
     }
 
-    fn look(&self, part: &Part, buffers: &mut [Vec<u8>; 2]) -> Result<()> {
+    fn look(&self, part: &Part, buffers: &mut [PageBuffer; 2]) -> Result<()> {
         let Range { start, end } = part.guest;
         let length = usize::try_from(end - start).unwrap_or(CHUNK_LENGTH).min(CHUNK_LENGTH);
         let mut pieces: [&[u8]; 2] = [&[], &[]];
         let sources = self.disks.iter().zip(buffers).zip(&part.has).zip(&self.read);
         for (piece, (((disk, buffer), has), read)) in pieces.iter_mut().zip(sources) {
-            let Some(buffer) = buffer.get_mut(..length).filter(|_| *has) else { continue };
+            let Some(buffer) = buffer.as_mut_slice().get_mut(..length).filter(|_| *has) else { continue };
             disk.read_at(buffer, start)?;
             read.fetch_add(end - start, Ordering::Relaxed);
             *piece = buffer;

@@ -126,7 +126,7 @@ pub struct ConvertReport {
 /// Converts a disk. Nothing is synced.
 ///
 /// Holes and zeros of the source are not read. Where the file system of both can clone, data is cloned; elsewhere it
-/// is read, looked through for zeros, and written by several threads with a buffer of 1 MiB each.
+/// is read, looked through for zeros, and written by several threads with a buffer of 256 KiB each.
 ///
 /// ```
 /// use std::sync::Arc;

@@ -1,5 +1,6 @@
 //! Work on whole images: create, convert, measure and compare.
 
+mod buffer;
 pub mod check;
 pub mod compare;
 pub mod convert;

@@ -12,7 +12,7 @@ use crate::ops::segments::{SHORT_GAP, Segment, Segments};
 use crate::storage::Storage;
 
 /// Bytes read at once. Large enough that system calls do not matter, small enough for the processor's cache.
-pub(super) const CHUNK_BYTES: u64 = 1 << 20;
+pub(super) const CHUNK_BYTES: u64 = 256 << 10;
 /// Bytes cloned at once.
 const CLONE_BYTES: u64 = 256 << 20;
 /// Bytes copied inside the kernel at once.

@@ -10,6 +10,7 @@ use super::feed::{self, Action, CHUNK_BYTES, Clones, Feed, Task};
 use super::{ConvertOptions, ConvertReport, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::BlockDevice;
+use crate::ops::buffer::PageBuffer;
 use crate::ops::segments::data_runs;
 use crate::ops::writer::{Piece, Placement, Target, Zeroing, write_error};
 use crate::ops::{Progress, advance};
@@ -135,7 +136,7 @@ impl Drop for StopOnPanic<'_, '_, '_, '_> {
 
 /// What a worker keeps from task to task.
 struct Scratch {
-    buffer: Vec<u8>,
+    buffer: PageBuffer,
     runs: Vec<Range<u64>>,
     placement: Placement,
 }
@@ -151,12 +152,12 @@ impl Job<'_, '_, '_> {
     fn work(&self) {
         let _guard = StopOnPanic(self);
         let mut scratch = Scratch {
-            buffer: vec![0; usize::try_from(CHUNK_BYTES).unwrap_or(1 << 20)],
+            buffer: PageBuffer::new(usize::try_from(CHUNK_BYTES).unwrap_or(1 << 20)),
             runs: Vec::new(),
             placement: Placement::default(),
         };
         while !self.stopped.load(Ordering::Relaxed) {
-            let next = lock(&self.feed).next(&mut scratch.buffer, &self.clones, &self.copying);
+            let next = lock(&self.feed).next(scratch.buffer.as_mut_slice(), &self.clones, &self.copying);
             let done = match next {
                 Ok(None) => return,
                 Ok(Some(task)) => self.perform(&task, &mut scratch),
@@ -171,10 +172,11 @@ impl Job<'_, '_, '_> {
 
     fn perform(&self, task: &Task, scratch: &mut Scratch) -> Result<()> {
         let Scratch { buffer, runs, placement } = scratch;
+        let buffer = buffer.as_mut_slice();
         let length = task.guest.end - task.guest.start;
         let buffer = match task.action {
             Action::Read | Action::Filled => part_mut(buffer, 0..length)?,
-            Action::Clone { .. } | Action::Copy { .. } => buffer.as_mut_slice(),
+            Action::Clone { .. } | Action::Copy { .. } => buffer,
         };
         runs.clear();
         if task.action == Action::Read {
