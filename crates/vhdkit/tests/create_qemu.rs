@@ -61,10 +61,17 @@ fn layouts() -> impl Iterator<Item = (String, CreateOptions)> {
     })
 }
 
+/// A size for a layout, no multiple of any block. QEMU reads every byte of a disk, so that only two layouts go past
+/// the first chunk of 4 GiB: those where a mistake about its bitmap slot shows first.
+fn size_for(layout: &CreateOptions) -> u64 {
+    let past_a_chunk = layout.block_size == Some(1 << 20) && layout.block_state == BlockState::NotPresent;
+    if past_a_chunk { 4100 * MIB + 512 } else { 300 * MIB + 1536 }
+}
+
 fn qemu_accepts_new_images_of_every_block_size() {
     let directory = tempfile::tempdir().unwrap();
-    let size = 5 * 1024 * MIB + 3 * MIB + 512;
     for (name, layout) in layouts() {
+        let size = size_for(&layout);
         let path = directory.path().join(name);
         create(&file_storage(&path), &CreateOptions { size: Some(size), ..layout }, &()).unwrap();
         judge(&path, &marked(size, []));
@@ -73,13 +80,13 @@ fn qemu_accepts_new_images_of_every_block_size() {
 
 fn qemu_reads_what_we_convert() {
     let directory = tempfile::tempdir().unwrap();
-    // Over one chunk of 4 GiB, with data on both sides of its end, and no whole blocks.
-    let size = 5 * 1024 * MIB + 3 * MIB + 512;
-    let source = marked(
-        size,
-        [0..1, MIB - 1..3 * MIB + 5, 4096 * MIB - 70_000..4096 * MIB + 70_000, 5000 * MIB..5001 * MIB, size - 1..size],
-    );
     for (name, layout) in layouts() {
+        let size = size_for(&layout);
+        let mut marks = vec![0..1, MIB - 1..3 * MIB + 5, 270 * MIB..271 * MIB, size - 1..size];
+        if size > 4097 * MIB {
+            marks.push(4096 * MIB - 70_000..4096 * MIB + 70_000); // on both sides of the end of the first chunk
+        }
+        let source = marked(size, marks);
         let path = directory.path().join(name);
         let target = file_storage(&path);
         let destination = Destination::Vhdx { storage: &target, layout: &layout, spill: None };
@@ -112,7 +119,7 @@ fn qemu_reads_a_stream_of_unknown_size() {
 
 fn we_read_what_qemu_converts() {
     let directory = tempfile::tempdir().unwrap();
-    let size = 5 * 1024 * MIB + 512;
+    let size = 4200 * MIB + 512;
     let source = marked(size, [0..1, 4095 * MIB..4097 * MIB, size - 1..size]);
     let raw_path = directory.path().join("source.raw");
     let raw_file = file_storage(&raw_path);
@@ -120,7 +127,7 @@ fn we_read_what_qemu_converts() {
         .unwrap();
     let (from, image_path) = (raw_path.to_str().unwrap(), directory.path().join("image.vhdx"));
     let to = image_path.to_str().unwrap();
-    for options in ["subformat=dynamic,block_size=1M", "subformat=dynamic,block_size=64M", "subformat=fixed"] {
+    for options in ["subformat=dynamic,block_size=1M", "subformat=fixed"] {
         assert_success(&qemu_img(&["convert", "-f", "raw", "-O", "vhdx", "-o", options, from, to]));
         let image = vhdkit::image::OpenOptions::new().open(existing(&image_path), None).unwrap();
         assert_eq!(image.size(), size);
