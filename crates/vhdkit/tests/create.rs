@@ -5,6 +5,7 @@
     clippy::panic,
     clippy::indexing_slicing,
     clippy::cast_possible_truncation,
+    clippy::single_range_in_vec_init,
     reason = "test code"
 )]
 
