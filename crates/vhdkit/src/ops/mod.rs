@@ -1,9 +1,13 @@
 //! Work on whole images: create, convert, measure and compare.
 
 pub mod check;
+pub mod compare;
+pub mod convert;
 pub mod create;
 pub mod dump;
 mod layout;
+pub mod measure;
+mod segments;
 mod writer;
 
 use std::ops::ControlFlow;

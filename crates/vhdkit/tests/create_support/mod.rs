@@ -1,13 +1,14 @@
 //! What the tests of create, convert, measure and compare share. The parsing here is on purpose not the library's.
-#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
 use std::io;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
 use vhdkit::format::guid::Guid;
+use vhdkit::image::{Image, OpenOptions, RawDisk};
 use vhdkit::ops::Progress;
 use vhdkit::ops::create::CreateOptions;
 use vhdkit::storage::{FileStorage, MemoryStorage, Storage};
@@ -104,4 +105,26 @@ impl Storage for Limited {
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// Storage of zeros with bytes of their own in some ranges.
+pub fn marked(size: u64, ranges: impl IntoIterator<Item = Range<u64>>) -> Arc<dyn Storage> {
+    let storage = MemoryStorage::with_len(size);
+    for range in ranges {
+        let bytes: Vec<u8> = range.clone().map(|at| (at % 251) as u8 | 1).collect();
+        storage.write_at(&bytes, range.start).unwrap();
+    }
+    Arc::new(storage)
+}
+
+/// A raw disk of 512 byte sectors.
+pub fn raw(storage: &Arc<dyn Storage>) -> RawDisk {
+    RawDisk::new(Arc::clone(storage), 512).unwrap()
+}
+
+/// Opens an image that has no parent, with nothing to complain about.
+pub fn open(storage: &Arc<dyn Storage>) -> Image {
+    let image = OpenOptions::new().open(Arc::clone(storage), None).unwrap();
+    assert_eq!(image.layers()[0].findings(), []);
+    image
 }

@@ -1,0 +1,414 @@
+//! The command line as it is typed: clap's definitions, from which help, completions and man pages are made as well.
+//!
+//! Nothing is decided here. Each command turns its arguments into a plan, and then runs the plan.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use vhdkit::format::guid::Guid;
+
+use crate::sizes;
+
+/// What `--help` ends with.
+const EXIT_CODES: &str = "\
+Sizes are binary: 64G and 64GiB are 64 * 2^30 bytes; byte counts and 0x are fine too.
+A file named .raw, .img or .bin, a block device and standard input are raw disks, whatever they hold;
+--from vhdx says otherwise.
+
+Exit codes:
+  0  done; clean; equal
+  1  the answer is no: check found errors (with --strict: or warnings), compare found a difference
+  2  wrong usage
+  3  not a VHDX, or not supported
+  4  the image is corrupt or cut off (any command but check)
+  5  input or output error
+  6  refused: in use, parent denied, not found or the wrong one, target exists, would lose data
+  130 and 143: stopped by SIGINT or SIGTERM; unfinished files are removed
+
+Examples:
+  vhdkit info disk.vhdx
+  vhdkit create new.vhdx --size 64G
+  vhdkit convert disk.vhdx disk.raw
+  zcat disk.raw.gz | vhdkit convert - disk.vhdx
+  vhdkit check --strict disk.vhdx";
+
+/// Look into, create, check and convert VHDX disks: those of Hyper-V, WSL and Azure.
+///
+/// Reading never changes a file: an image that was not shut down cleanly is replayed in memory only. A parent is
+/// opened only when it lies in the image's own directory, or where --parent-dir, --parent or --any-parent allow it.
+#[derive(Debug, Parser)]
+#[command(name = "vhdkit", version, propagate_version = true, arg_required_else_help = false, after_long_help = EXIT_CODES,
+    subcommand_required = true, max_term_width = 120)]
+pub(crate) struct LowArgs {
+    #[command(flatten)]
+    pub(crate) global: GlobalArgs,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options that every command takes.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Options for every command")]
+pub(crate) struct GlobalArgs {
+    /// Print JSON, and errors as a JSON object on standard error
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Print no warnings and no progress, and nothing that was not asked for
+    #[arg(long, short, global = true, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+    /// Print more
+    #[arg(long, short, global = true)]
+    pub(crate) verbose: bool,
+    /// When to use colours; NO_COLOR is respected
+    #[arg(long, global = true, value_name = "WHEN", value_enum, default_value_t = Color::Auto)]
+    pub(crate) color: Color,
+    /// Replace a target that exists, write to a block device, write bytes to a terminal
+    #[arg(long, global = true)]
+    pub(crate) force: bool,
+    /// Look at an image that is in use elsewhere; what is read may be inconsistent
+    #[arg(long, global = true)]
+    pub(crate) force_share: bool,
+    /// Also look for parents in this directory (repeatable)
+    ///
+    /// The directory of the image itself is always allowed, and those of no other file.
+    #[arg(long, global = true, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) parent_dir: Vec<PathBuf>,
+    /// Use this file as parent (repeatable, nearest first)
+    ///
+    /// For parents that were renamed or moved. Their identity is checked all the same. In `create`, the first one is
+    /// the parent that the new image gets.
+    #[arg(long, global = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) parent: Vec<PathBuf>,
+    /// Open parents wherever the image says they are
+    ///
+    /// Only for images that you trust: the path was written by whoever made the image.
+    #[arg(long, global = true, conflicts_with = "no_parents")]
+    pub(crate) any_parent: bool,
+    /// Open no parents; what only they hold cannot be read
+    #[arg(long, global = true, conflicts_with = "parent_dir")]
+    pub(crate) no_parents: bool,
+}
+
+/// When to use colours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Color {
+    /// In a terminal, unless NO_COLOR is set.
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show what an image is: type, sizes, identity, log, regions, chain
+    Info(InfoArgs),
+    /// Create an empty image, or a child of a parent
+    Create(CreateArgs),
+    /// Convert between raw and VHDX, or to another layout
+    Convert(ConvertArgs),
+    /// Check an image and list everything that is wrong with it
+    Check(CheckArgs),
+    /// Compare what two disks hold
+    Compare(CompareArgs),
+    /// Write the bytes of a disk to standard output
+    Read(ReadArgs),
+    /// Show where the data of a disk is
+    Map(MapArgs),
+    /// Tell how much space a conversion needs
+    Measure(MeasureArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+    /// Print the manual page, or write all of them to a directory
+    Man(ManArgs),
+}
+
+/// Show what an image is: type, sizes, identity, log, regions, chain
+///
+/// The image stays as it is. When its log holds changes that are not in place yet, they are replayed in memory and
+/// shown. A parent that cannot be opened is reported in the chain and is not an error.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit info disk.vhdx
+  vhdkit info --json disk.vhdx
+  vhdkit info --dump disk.vhdx
+  vhdkit info --parent-dir /vms/base child.avhdx")]
+pub(crate) struct InfoArgs {
+    /// The image
+    #[arg(value_name = "IMAGE", value_hint = ValueHint::FilePath)]
+    pub(crate) image: PathBuf,
+    /// Show every structure of the file, both copies
+    #[arg(long)]
+    pub(crate) dump: bool,
+    #[command(flatten)]
+    pub(crate) from: FromArgs,
+}
+
+/// Create an empty image, or a child of a parent
+///
+/// The image appears under its name when it is complete, or not at all. With --parent the image is a child: it holds
+/// what is written to it, and everything else is the parent's, which must not change any more.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit create disk.vhdx --size 64G
+  vhdkit create disk.vhdx --size 64G --fixed --preallocate falloc
+  vhdkit create child.vhdx --parent base.vhdx
+  vhdkit create disk.vhdx --size 1T --block-size 1M --logical-sector-size 4096")]
+pub(crate) struct CreateArgs {
+    /// The image to make
+    #[arg(value_name = "IMAGE", value_hint = ValueHint::FilePath)]
+    pub(crate) image: PathBuf,
+    /// Size of the disk; a child has its parent's size when none is given
+    #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
+    pub(crate) size: Option<u64>,
+    /// Do not wait until the image is on the medium
+    #[arg(long)]
+    pub(crate) no_sync: bool,
+    #[command(flatten)]
+    pub(crate) layout: LayoutArgs,
+}
+
+/// Convert between raw and VHDX, or to another layout
+///
+/// Holes are not read, zeros become holes. The target appears under its name when it is complete, or not at all. A chain
+/// becomes one image without parents. "-" is standard input or standard output, raw.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit convert disk.vhdx disk.raw
+  vhdkit convert disk.raw disk.vhdx --block-size 1M --verify
+  vhdkit convert child.avhdx whole.vhdx
+  vhdkit convert dynamic.vhdx fixed.vhdx --fixed
+  zcat disk.raw.gz | vhdkit convert - disk.vhdx --size 64G
+  vhdkit convert disk.vhdx - | zstd > disk.raw.zst
+  vhdkit convert disk.vhdx /dev/sdx --force")]
+pub(crate) struct ConvertArgs {
+    /// What to convert; "-" is standard input
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
+    pub(crate) source: PathBuf,
+    /// What to make; "-" is standard output
+    #[arg(value_name = "TARGET", value_hint = ValueHint::FilePath)]
+    pub(crate) target: PathBuf,
+    #[command(flatten)]
+    pub(crate) from: FromArgs,
+    /// Format of the target, when its name does not tell
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    pub(crate) to: Option<Format>,
+    /// Size of the disk on standard input
+    ///
+    /// Without it the disk ends where the input ends.
+    #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
+    pub(crate) size: Option<u64>,
+    /// Do not look for zeros in the data
+    #[arg(long)]
+    pub(crate) no_zero_scan: bool,
+    /// Do not wait until the target is on the medium
+    #[arg(long)]
+    pub(crate) no_sync: bool,
+    /// Compare source and target before the target gets its name
+    #[arg(long)]
+    pub(crate) verify: bool,
+    #[command(flatten)]
+    pub(crate) layout: LayoutArgs,
+}
+
+/// Check an image and list everything that is wrong with it
+///
+/// Never changes the image. Looks at this one file: parents are not opened. Every finding has a code, the rule of the
+/// format that is broken, and its place.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit check disk.vhdx
+  vhdkit check --strict --json disk.vhdx")]
+pub(crate) struct CheckArgs {
+    /// The image
+    #[arg(value_name = "IMAGE", value_hint = ValueHint::FilePath)]
+    pub(crate) image: PathBuf,
+    /// Judge as strictly as the strictest reader, and fail on warnings too
+    #[arg(long)]
+    pub(crate) strict: bool,
+    #[command(flatten)]
+    pub(crate) from: FromArgs,
+}
+
+/// Compare what two disks hold
+///
+/// Compares the bytes that a guest would see, whatever the format and layout. When one disk is longer, the rest of it must
+/// be zero. Ends with 1 and names the first difference when they differ.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit compare disk.vhdx disk.raw
+  vhdkit compare a.vhdx copy-of-a.img --from-b vhdx")]
+pub(crate) struct CompareArgs {
+    /// One disk
+    #[arg(value_name = "A", value_hint = ValueHint::FilePath)]
+    pub(crate) a: PathBuf,
+    /// The other disk
+    #[arg(value_name = "B", value_hint = ValueHint::FilePath)]
+    pub(crate) b: PathBuf,
+    /// Format of the first disk
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    pub(crate) from_a: Option<Format>,
+    /// Format of the second disk
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    pub(crate) from_b: Option<Format>,
+}
+
+/// Write the bytes of a disk to standard output
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit read disk.vhdx > disk.raw
+  vhdkit read disk.vhdx --offset 1M --length 512 | xxd")]
+pub(crate) struct ReadArgs {
+    /// The image
+    #[arg(value_name = "IMAGE", value_hint = ValueHint::FilePath)]
+    pub(crate) image: PathBuf,
+    /// Where to begin
+    #[arg(long, value_name = "BYTES", value_parser = sizes::parse, default_value = "0")]
+    pub(crate) offset: u64,
+    /// How much to write; to the end of the disk when not given
+    #[arg(long, value_name = "BYTES", value_parser = sizes::parse)]
+    pub(crate) length: Option<u64>,
+    #[command(flatten)]
+    pub(crate) from: FromArgs,
+}
+
+/// Show where the data of a disk is
+///
+/// In a terminal a picture, elsewhere JSON of the shape that qemu-img map prints, with the name of the layer added.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit map disk.vhdx
+  vhdkit map disk.vhdx --json | jq 'map(select(.data))'
+  vhdkit map disk.vhdx --svg disk.svg")]
+pub(crate) struct MapArgs {
+    /// The image
+    #[arg(value_name = "IMAGE", value_hint = ValueHint::FilePath)]
+    pub(crate) image: PathBuf,
+    /// Draw the picture to an SVG file
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) svg: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) from: FromArgs,
+}
+
+/// Tell how much space a conversion needs
+///
+/// "required" is what the target takes with the data that the source has now, "fully allocated" what it takes when every
+/// block is in use.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit measure disk.raw
+  vhdkit measure disk.vhdx --fixed --json
+  vhdkit measure --size 64T --block-size 1M")]
+pub(crate) struct MeasureArgs {
+    /// What would be converted
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath, required_unless_present = "size", conflicts_with = "size")]
+    pub(crate) source: Option<PathBuf>,
+    /// Measure an empty disk of this size instead
+    #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
+    pub(crate) size: Option<u64>,
+    #[command(flatten)]
+    pub(crate) from: FromArgs,
+    #[command(flatten)]
+    pub(crate) layout: LayoutArgs,
+}
+
+/// Print a completion script for a shell
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit completions bash > ~/.local/share/bash-completion/completions/vhdkit
+  vhdkit completions zsh > ~/.zfunc/_vhdkit")]
+pub(crate) struct CompletionsArgs {
+    /// The shell
+    #[arg(value_name = "SHELL", value_enum)]
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// Print the manual page, or write all of them to a directory
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit man | man -l -
+  vhdkit man /usr/local/share/man/man1")]
+pub(crate) struct ManArgs {
+    /// Write vhdkit.1 and a page for each command here
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) directory: Option<PathBuf>,
+}
+
+/// The format of what is read.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct FromArgs {
+    /// Format of the source, when its name or contents do not tell
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    pub(crate) from: Option<Format>,
+}
+
+/// What a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// The bytes of the file are the bytes of the disk.
+    Raw,
+    /// A VHDX image.
+    Vhdx,
+}
+
+/// The layout of a new image.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Layout of the new image")]
+pub(crate) struct LayoutArgs {
+    /// Allocate every block, for good
+    #[arg(long)]
+    pub(crate) fixed: bool,
+    /// Bytes of a block: a power of two from 1M to 256M
+    #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
+    pub(crate) block_size: Option<u64>,
+    /// Bytes of a logical sector: 512 or 4096
+    #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
+    pub(crate) logical_sector_size: Option<u64>,
+    /// Bytes of a physical sector: 512 or 4096
+    #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
+    pub(crate) physical_sector_size: Option<u64>,
+    /// Bytes of the log, a multiple of 1M; 0 chooses by itself
+    #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
+    pub(crate) log_size: Option<u64>,
+    /// Reserve the space of the file beforehand: of a fixed image all of it, otherwise that of the tables
+    #[arg(long, value_name = "HOW", value_enum)]
+    pub(crate) preallocate: Option<Preallocate>,
+    /// State of blocks without data
+    #[arg(long, value_name = "STATE", value_enum)]
+    pub(crate) block_state: Option<BlockState>,
+    /// Identity of the disk, as the guest sees it
+    #[arg(long, value_name = "UUID")]
+    pub(crate) disk_id: Option<Guid>,
+    /// Name of the creator, for people
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) creator: Option<String>,
+    /// File write identity, for files that must come out the same each time
+    #[arg(long, value_name = "UUID")]
+    pub(crate) file_write_guid: Option<Guid>,
+    /// Data write identity, which children name
+    #[arg(long, value_name = "UUID")]
+    pub(crate) data_write_guid: Option<Guid>,
+}
+
+/// How space is reserved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Preallocate {
+    /// Not at all: the file is sparse.
+    None,
+    /// The file system sets the space aside.
+    Falloc,
+    /// Zeros are written.
+    Full,
+}
+
+/// What blocks without data say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BlockState {
+    /// Nothing is there yet.
+    NotPresent,
+    /// The block reads as zero, as QEMU writes it.
+    Zero,
+}

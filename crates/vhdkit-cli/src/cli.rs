@@ -1,0 +1,81 @@
+//! From the command line to the exit code.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use vhdkit::{Error, ErrorKind};
+
+use crate::args::{Command, GlobalArgs, LowArgs};
+use crate::commands;
+use crate::failure::{Answer, Failure, exit_code};
+use crate::formats::is_standard_stream;
+use crate::signals::Interrupt;
+use crate::ui::Ui;
+
+/// What every command works with.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) ui: Ui,
+    pub(crate) global: GlobalArgs,
+    pub(crate) interrupt: Interrupt,
+}
+
+/// Runs the program.
+pub(crate) fn run(arguments: Vec<OsString>) -> ExitCode {
+    let json = arguments.iter().take_while(|argument| *argument != "--").any(|argument| argument == "--json");
+    let low = match LowArgs::try_parse_from(arguments) {
+        Ok(low) => low,
+        Err(error) => return finish(Err(Failure::Clap(error)), &Ui::before_parsing(json), &Interrupt::default()),
+    };
+    let ui = Ui::new(&low.global);
+    let interrupt = match Interrupt::install(makes_a_file(&low.command)) {
+        Ok(interrupt) => interrupt,
+        Err(error) => {
+            let failure = Failure::Library(Error::io("cannot handle signals", error));
+            return finish(Err(failure), &ui, &Interrupt::default());
+        }
+    };
+    let context = Context { ui, global: low.global, interrupt };
+    let result = dispatch(&context, low.command);
+    finish(result, &context.ui, &context.interrupt)
+}
+
+/// Whether there is something to clean up when a signal comes.
+fn makes_a_file(command: &Command) -> bool {
+    match command {
+        Command::Create(_) => true,
+        Command::Convert(args) => !is_standard_stream(&args.target),
+        Command::Map(args) => args.svg.is_some(),
+        _ => false,
+    }
+}
+
+fn dispatch(context: &Context, command: Command) -> Result<Answer, Failure> {
+    match command {
+        Command::Info(args) => commands::info::run(context, &args),
+        Command::Create(args) => commands::create::run(context, &args),
+        Command::Convert(args) => commands::convert::run(context, &args),
+        Command::Check(args) => commands::check::run(context, &args),
+        Command::Compare(args) => commands::compare::run(context, &args),
+        Command::Read(args) => commands::read::run(context, &args),
+        Command::Map(args) => commands::map::run(context, &args),
+        Command::Measure(args) => commands::measure::run(context, &args),
+        Command::Completions(args) => commands::manual::completions(&args),
+        Command::Man(args) => commands::manual::man(&args),
+    }
+}
+
+/// Says what went wrong, and ends with the code for it.
+fn finish(result: Result<Answer, Failure>, ui: &Ui, interrupt: &Interrupt) -> ExitCode {
+    let stopped = interrupt.exit_code().filter(|_| result.is_err());
+    let code = stopped.unwrap_or_else(|| exit_code(&result));
+    let Err(failure) = result else { return ExitCode::from(code) };
+    if stopped.is_some() {
+        let error = Error::new(ErrorKind::Cancelled, "stopped by a signal; unfinished files were removed");
+        ui.report(&Failure::Library(error.with_hint("run it again")), code);
+    } else if !failure.is_broken_pipe() {
+        ui.report(&failure, code);
+    }
+    ExitCode::from(code)
+}

@@ -1,0 +1,12 @@
+//! One module for each command: arguments in, answer out.
+
+pub(crate) mod check;
+pub(crate) mod compare;
+pub(crate) mod convert;
+pub(crate) mod create;
+pub(crate) mod info;
+pub(crate) mod layout;
+pub(crate) mod manual;
+pub(crate) mod map;
+pub(crate) mod measure;
+pub(crate) mod read;

@@ -1,0 +1,197 @@
+//! The parts of a disk that hold data, one after another, without a list of all of them in memory.
+
+use std::collections::VecDeque;
+use std::ops::{ControlFlow, Range};
+
+use crate::error::{Error, Result};
+use crate::image::{BlockDevice, Extent, ExtentKind};
+
+/// Extents asked for at once.
+const BATCH: usize = 128;
+/// A disk that allocates in smaller units tells its holes itself, as raw disks do. In larger units, an allocated block
+/// may be a hole of the file for the most part.
+const FINE_UNIT: u64 = 64 << 10;
+/// Bytes tested for zero before the result is looked at: enough for the processor's wide instructions.
+const FOLD_BYTES: usize = 64;
+/// The unit in which runs of data and zeros are told apart.
+pub(super) const PAGE_BYTES: usize = 4096;
+/// Fewer zeros than this between data are written as data: a separate write would cost more.
+pub(super) const SHORT_GAP: u64 = 32 << 10;
+
+/// A part of a disk that may hold anything but zeros.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Segment {
+    /// Where it stands on the disk.
+    pub(super) guest: Range<u64>,
+    /// The layer and the offset in its file, where there is one place.
+    pub(super) place: Option<(usize, u64)>,
+}
+
+impl Segment {
+    /// Cuts off the first `length` bytes (at most all of them).
+    pub(super) fn cut(&mut self, length: u64) -> Self {
+        let end = self.guest.end.min(self.guest.start.saturating_add(length));
+        let first = Self { guest: self.guest.start..end, place: self.place };
+        let taken = end - self.guest.start;
+        self.guest.start = end;
+        self.place = self.place.map(|(layer, offset)| (layer, offset + taken)); // stays inside the extent
+        first
+    }
+}
+
+/// Walks the segments of a disk.
+#[derive(Debug)]
+pub(super) struct Segments<'a> {
+    source: &'a dyn BlockDevice,
+    /// Where the extents that were not asked for yet begin.
+    asked: u64,
+    queue: VecDeque<Extent>,
+    /// What is left of the segment at the front.
+    current: Option<Segment>,
+    /// What is left of an extent whose holes in the file are being looked for.
+    open: Option<Segment>,
+    look_for_holes: bool,
+}
+
+impl<'a> Segments<'a> {
+    pub(super) fn new(source: &'a dyn BlockDevice) -> Self {
+        let look_for_holes = source.allocation_unit() >= FINE_UNIT;
+        Self { source, asked: 0, queue: VecDeque::with_capacity(BATCH), current: None, open: None, look_for_holes }
+    }
+
+    /// What comes next; `None` at the end of the disk.
+    pub(super) fn peek(&mut self) -> Result<Option<&Segment>> {
+        while self.current.as_ref().is_none_or(|segment| segment.guest.is_empty()) {
+            let Some(open) = self.open.take() else {
+                match self.next_extent()? {
+                    Some(extent) => self.open = data(&extent),
+                    None => return Ok(None),
+                }
+                continue;
+            };
+            self.narrow(open)?;
+        }
+        Ok(self.current.as_ref())
+    }
+
+    /// Takes at most `length` bytes of what [`Self::peek`] showed.
+    pub(super) fn take(&mut self, length: u64) -> Option<Segment> {
+        self.current.as_mut().map(|segment| segment.cut(length))
+    }
+
+    /// Finds the first data of an extent in its file.
+    fn narrow(&mut self, mut open: Segment) -> Result<()> {
+        let storage = match open.place {
+            Some((layer, offset)) if self.look_for_holes => {
+                self.source.layer_storage(layer).map(|found| (found, offset))
+            }
+            _ => None,
+        };
+        let Some((storage, offset)) = storage else {
+            self.current = Some(open);
+            return Ok(());
+        };
+        let length = open.guest.end - open.guest.start;
+        let found = storage.next_data(offset..offset + length); // extents lie below 2^63 in their files
+        let found = found.map_err(|error| Error::io(format!("cannot look for data at {offset:#x}"), error))?;
+        if let Some(found) = found {
+            open.cut(found.start - offset);
+            self.current = Some(open.cut(found.end - found.start));
+            self.open = (!open.guest.is_empty()).then_some(open);
+        }
+        Ok(())
+    }
+
+    fn next_extent(&mut self) -> Result<Option<Extent>> {
+        let size = self.source.size();
+        while self.queue.is_empty() && self.asked < size {
+            let queue = &mut self.queue;
+            let mut reached = self.asked;
+            self.source.visit_extents(self.asked..size, &mut |extent| {
+                reached = extent.end();
+                if matches!(extent.kind, ExtentKind::Data { .. }) {
+                    queue.push_back(*extent);
+                }
+                if queue.len() < BATCH { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            })?;
+            if reached == self.asked {
+                break; // nothing was visited: there is nothing more
+            }
+            self.asked = reached;
+        }
+        Ok(self.queue.pop_front())
+    }
+}
+
+/// The segment that an extent of data is.
+fn data(extent: &Extent) -> Option<Segment> {
+    let ExtentKind::Data { file_offset } = extent.kind else { return None };
+    Some(Segment { guest: extent.start..extent.end(), place: file_offset.map(|offset| (extent.layer, offset)) })
+}
+
+/// Whether all bytes are zero; stops soon after the first that is not.
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
+    let (chunks, rest) = bytes.as_chunks::<FOLD_BYTES>();
+    chunks.iter().all(|chunk| chunk.iter().fold(0, |or, byte| or | byte) == 0) && rest.iter().all(|byte| *byte == 0)
+}
+
+/// Finds the runs of a buffer that are worth writing. `start` is where the buffer stands on the disk; runs begin and
+/// end on pages of the disk or at the ends of the buffer.
+pub(super) fn data_runs(buffer: &[u8], start: u64, runs: &mut Vec<Range<u64>>) {
+    let mut rest = buffer;
+    let mut position = start;
+    while !rest.is_empty() {
+        let to_page = PAGE_BYTES - usize::try_from(position % PAGE_BYTES as u64).unwrap_or(0);
+        let (page, after) = rest.split_at_checked(to_page).unwrap_or((rest, &[]));
+        let end = position + page.len() as u64;
+        if !is_zero(page) {
+            match runs.last_mut() {
+                Some(last) if position - last.end < SHORT_GAP => last.end = end,
+                _ => runs.push(position..end),
+            }
+        }
+        position = end;
+        rest = after;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_are_found_to_the_last_byte() {
+        let mut bytes = vec![0; 4096 + 37];
+        assert!(is_zero(&bytes) && is_zero(&[]));
+        for at in [0, 63, 64, 4095, 4096, 4132] {
+            bytes[at] = 1;
+            assert!(!is_zero(&bytes), "{at}");
+            bytes[at] = 0;
+        }
+    }
+
+    fn runs(marks: &[usize], length: usize, start: u64) -> Vec<Range<u64>> {
+        let mut bytes = vec![0; length];
+        for mark in marks {
+            bytes[*mark] = 1;
+        }
+        let mut runs = Vec::new();
+        data_runs(&bytes, start, &mut runs);
+        runs
+    }
+
+    #[test]
+    fn runs_are_whole_pages_and_short_gaps_are_bridged() {
+        assert_eq!(runs(&[], 1 << 16, 0), []);
+        assert_eq!(runs(&[5000], 1 << 16, 0), [4096..8192]);
+        assert_eq!(runs(&[0, 32768], 1 << 16, 0), [0..36864], "a gap of seven pages is bridged");
+        assert_eq!(runs(&[0, 36864], 1 << 16, 0), [0..4096, 36864..40960], "a gap of eight pages is not");
+    }
+
+    #[test]
+    fn pages_are_those_of_the_disk() {
+        assert_eq!(runs(&[0], 1 << 16, 512), [512..4096]);
+        assert_eq!(runs(&[3584], 1 << 16, 512), [4096..8192]);
+        assert_eq!(runs(&[5119], 5120, 8192), [12288..13312]);
+    }
+}
