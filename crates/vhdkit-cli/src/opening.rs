@@ -1,12 +1,13 @@
 //! Opening images and raw disks as the options say.
 
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vhdkit::format::finding::{Code, Severity};
 use vhdkit::format::guid::Guid;
-use vhdkit::image::{BlockDevice, FileResolver, Image, Layer, OpenOptions, RawDisk};
-use vhdkit::storage::{FileAccess, FileStorage, Sharing, StorageIdentity};
+use vhdkit::image::{BlockDevice, FileResolver, Image, Layer, OpenOptions, RawDisk, VisitExtent};
+use vhdkit::storage::{FileAccess, FileStorage, Sharing, Storage, StorageIdentity};
 
 use crate::args::{Format, GlobalArgs};
 use crate::cli::Context;
@@ -111,6 +112,9 @@ pub(crate) fn open_image(context: &Context, path: &Path) -> Result<Image, Failur
     Ok(image)
 }
 
+/// What well-known writers do in every image they make; `info` and `check` tell.
+const HABITS: [Code; 2] = [Code::RegionRequiredFlag, Code::MetadataFlags];
+
 /// Tells what the user should know about an image that can be used all the same.
 pub(crate) fn warn_about(context: &Context, image: &Image) {
     let mut lock_note = None;
@@ -119,7 +123,8 @@ pub(crate) fn warn_about(context: &Context, image: &Image) {
             context.ui.detail(&format!("parent {depth}: {}", show::path(path)));
         }
         for finding in layer.findings() {
-            if finding.severity() >= Severity::Warning || finding.code() == Code::LogNeedsReplay {
+            let notable = finding.severity() >= Severity::Warning || finding.code() == Code::LogNeedsReplay;
+            if notable && !HABITS.contains(&finding.code()) {
                 context.ui.warn(layer.path(), &finding.to_string());
             }
         }
@@ -141,7 +146,57 @@ fn open_raw(context: &Context, path: &Path, sector: u32) -> Result<Disk, Failure
         let why = format!("the size is no multiple of the sector of {sector} bytes");
         context.ui.warn(Some(path), &format!("{why}; the disk is padded with {padding} bytes of zeros"));
     }
-    Ok(Disk { device: Arc::new(disk), layer_names: vec![show::file_name(path)] })
+    let device = NamedRawDisk { disk, path: path.to_owned() };
+    Ok(Disk { device: Arc::new(device), layer_names: vec![show::file_name(path)] })
+}
+
+/// A raw disk that names its file in errors, as an image does.
+#[derive(Debug)]
+struct NamedRawDisk {
+    disk: RawDisk,
+    path: PathBuf,
+}
+
+impl BlockDevice for NamedRawDisk {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    fn logical_sector_size(&self) -> u32 {
+        self.disk.logical_sector_size()
+    }
+
+    fn physical_sector_size(&self) -> u32 {
+        self.disk.physical_sector_size()
+    }
+
+    fn allocation_unit(&self) -> u64 {
+        self.disk.allocation_unit()
+    }
+
+    fn unallocated_reads_zero(&self) -> bool {
+        self.disk.unallocated_reads_zero()
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.disk.is_read_only()
+    }
+
+    fn disk_id(&self) -> Option<Guid> {
+        self.disk.disk_id()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> vhdkit::Result<()> {
+        self.disk.read_at(buf, offset).map_err(|error| error.with_path(&self.path))
+    }
+
+    fn visit_extents(&self, range: Range<u64>, visit: &mut VisitExtent<'_>) -> vhdkit::Result<()> {
+        self.disk.visit_extents(range, visit).map_err(|error| error.with_path(&self.path))
+    }
+
+    fn layer_storage(&self, layer: usize) -> Option<Arc<dyn Storage>> {
+        self.disk.layer_storage(layer)
+    }
 }
 
 /// The name of the file of a layer, safe to print.

@@ -362,7 +362,10 @@ fn a_raw_source_is_padded_to_the_sector_and_says_so() {
     assert!(run.err.contains("padded with 3096 bytes"), "{}", run.err);
     scratch.run(&["convert", "odd.raw", "larger.vhdx", "--size", "1M"]).expect(0);
     assert_eq!(scratch.run(&["info", "larger.vhdx", "--json"]).json()["disk_size"], MIB);
-    scratch.run(&["convert", "larger.vhdx", "smaller.vhdx", "--size", "4K"]).expect(6);
+    let run = scratch.run(&["convert", "larger.vhdx", "smaller.vhdx", "--size", "4K"]).expect(6);
+    assert!(run.err.starts_with("vhdkit: smaller.vhdx: "), "{}", run.err);
+    let run = scratch.run(&["convert", "odd.raw", "smaller.vhdx", "--block-size", "3M", "--quiet"]).expect(2);
+    assert!(run.err.starts_with("vhdkit: smaller.vhdx: "), "{}", run.err);
 }
 
 #[test]

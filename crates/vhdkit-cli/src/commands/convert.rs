@@ -147,7 +147,8 @@ fn transfer(
     };
     let bar = Bar::new("converting", &context.ui, &context.interrupt);
     let report = convert(from, destination, &plan.options, &bar);
-    Ok(report.map_err(|error| if plan.reads_stdin() { error } else { error.with_path(plan.source) })?)
+    // What a source has to say names its file already.
+    Ok(report.map_err(|error| if plan.writes_stdout() { error } else { error.with_path(plan.target) })?)
 }
 
 /// A place for the table of a disk of unknown size. It has no name, and is gone with the process.
