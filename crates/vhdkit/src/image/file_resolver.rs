@@ -19,8 +19,8 @@ use crate::text::escape;
 ///
 /// A path is followed beneath an allowed directory with openat2: no symbolic links, no magic links, no way out. Only
 /// regular files are opened, and only for reading. Shares (UNC) and devices are never opened. Windows paths are mapped:
-/// a relative one from the child's directory; behind a drive letter or volume, the path's end (whole, then ever
-/// shorter) is looked for beneath each allowed directory and the child's own. Where the exact name is not there, one
+/// a relative one from the child's directory, then its end (whole, then ever shorter) beneath the directories that the
+/// caller allowed; behind a drive letter or volume, the path's end beneath those and the child's own. Where the exact name is not there, one
 /// that differs in case only is taken. What is found must still be the right parent: the chain checks its identity.
 ///
 /// ```no_run
@@ -151,6 +151,9 @@ impl FileResolver {
                     Some(path) => self.look_at(&path, own, search),
                     None => search.denied.push(format!("\"{}\" (leads above the root)", escape(text))),
                 }
+                // The child may have been moved away from its parent: the caller's directories are looked into by name.
+                let names: Vec<String> = parts.into_iter().filter(|part| part != "..").collect();
+                self.look_for_suffixes(&names, &self.directories, search);
             }
             WindowsPath::Drive(letter, parts) => {
                 // Where WSL mounts the drives of Windows.
@@ -160,9 +163,9 @@ impl FileResolver {
                 {
                     self.look_at(&path, own.unwrap_or(Path::new("/")), search);
                 }
-                self.look_for_suffixes(&parts, own, search);
+                self.look_for_suffixes(&parts, &self.allowed(own), search);
             }
-            WindowsPath::Volume(parts) => self.look_for_suffixes(&parts, own, search),
+            WindowsPath::Volume(parts) => self.look_for_suffixes(&parts, &self.allowed(own), search),
         }
     }
 
@@ -180,14 +183,14 @@ impl FileResolver {
     }
 
     /// Looks for the whole path, then for ever shorter ends of it, beneath each allowed directory.
-    fn look_for_suffixes(&self, parts: &[String], own: Option<&Path>, search: &mut Search) {
+    fn look_for_suffixes(&self, parts: &[String], directories: &[PathBuf], search: &mut Search) {
         if parts.iter().any(|part| part == "..") || parts.len() > COMPONENTS_MAX {
             return;
         }
-        for base in self.allowed(own) {
+        for base in directories {
             for start in 0..parts.len() {
                 let rest: PathBuf = parts.iter().skip(start).collect();
-                self.try_open(&base, &rest, search);
+                self.try_open(base, &rest, search);
             }
         }
     }

@@ -33,7 +33,10 @@ pub(super) fn write_error(what: impl Into<String>, error: io::Error) -> Error {
         io::ErrorKind::StorageFull => "free space where the target lies, or choose another place",
         io::ErrorKind::QuotaExceeded => "the disk quota is used up: free space, or choose another place",
         io::ErrorKind::FileTooLarge => "the file system, or a limit of the shell, does not allow a file of that size",
-        io::ErrorKind::InvalidInput => "check that the target is large enough for the image",
+        io::ErrorKind::InvalidInput => {
+            let hint = "choose a device that is large enough for the disk and its structures";
+            return Error::new(ErrorKind::Refused, format!("{}: {error}", what.into())).with_hint(hint);
+        }
         _ => return Error::io(what, error),
     };
     Error::io(what, error).with_hint(hint)
