@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
 use vhdkit::error::{ErrorKind, Result};
-use vhdkit::format::finding::Strictness;
+use vhdkit::format::finding::{Code, Severity, Strictness};
 use vhdkit::image::{
     BlockDevice, Extent, ExtentKind, Image, OpenOptions, ParentCandidate, ParentRequest, ParentResolver,
 };
-use vhdkit::storage::MemoryStorage;
+use vhdkit::ops::check::{CheckOptions, check};
+use vhdkit::storage::{MemoryStorage, Storage};
 use vhdkit_fuzz::{ReadOnly, chain, image, set_data_write_guid};
 
 /// Extents that are looked at in one walk: an image may have millions.
@@ -42,7 +43,8 @@ fuzz_target!(|input: &[u8]| {
         if let Ok(image) = &alone {
             look_at(image);
         }
-        let _ = options.clone().write(true).without_parents().open(storage.clone(), None);
+        let writable = options.clone().write(true).without_parents().open(storage.clone(), None);
+        judge(&storage, strictness, &alone, writable.is_ok());
         let chained = match &parent {
             Some(parent) => options.parents(Arc::new(Given(parent.clone()))).open(storage.clone(), None),
             None => options.open(storage.clone(), None),
@@ -55,6 +57,34 @@ fuzz_target!(|input: &[u8]| {
         }
     }
 });
+
+/// Checks the image, and that the check agrees with opening.
+fn judge(storage: &Arc<ReadOnly>, strictness: Strictness, opened: &Result<Image>, writable: bool) {
+    let storage: Arc<dyn Storage> = storage.clone();
+    let options = CheckOptions { strictness, ..CheckOptions::default() };
+    let report = check(&storage, None, &options, &()).expect("memory can be read, and nobody cancels");
+    match opened {
+        Err(error) => assert!(report.errors > 0, "cannot be opened, and check finds nothing: {error}"),
+        // Opened alone, an image needs no path to its parent (V-150).
+        Ok(_) if writable => {
+            let mut errors = report.findings.iter().filter(|finding| finding.severity() == Severity::Error);
+            assert!(errors.all(|finding| finding.code() == Code::LocatorNoPath), "writable: {:?}", report.findings);
+        }
+        Ok(_) => {}
+    }
+    assert!(report.summary.is_some() || report.errors > 0);
+    let Ok(image) = opened else { return };
+    if report.errors > 0 {
+        return;
+    }
+    // Nothing is wrong, so everything can be read, except what only a parent has.
+    let walked = image.visit_extents(0..image.size(), &mut |_| ControlFlow::Continue(()));
+    if let Err(error) = walked {
+        assert_eq!(error.kind(), ErrorKind::ParentMissing, "clean, but: {error}");
+    }
+    let summary = report.summary.expect("it opens");
+    assert_eq!(summary.blocks.iter().sum::<u64>(), image.geometry().payload_blocks());
+}
 
 /// Walks and reads an image, and checks that what it says fits together.
 fn look_at(image: &Image) {

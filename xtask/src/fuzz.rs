@@ -74,8 +74,10 @@ fn cargo_fuzz() -> Outcome<PathBuf> {
     find("cargo-fuzz").ok_or_else(|| "cargo-fuzz is missing: cargo install cargo-fuzz --locked --version 0.13.2".into())
 }
 
-/// Lines that are shown of a run that failed.
-const LINES_SHOWN: usize = 80;
+/// Lines that are shown of a run that failed, besides those that name a panic.
+const LINES_SHOWN: usize = 60;
+/// How much of a line is shown: libFuzzer prints whole inputs.
+const LINE_CHARACTERS_SHOWN: usize = 400;
 
 /// Runs a target; gives its figures, or the end of what it said.
 fn run_quietly(command: &mut Command) -> Outcome<Result<String, String>> {
@@ -86,7 +88,8 @@ fn run_quietly(command: &mut Command) -> Outcome<Result<String, String>> {
     if !output.status.success() {
         let skipped = lines.len().saturating_sub(LINES_SHOWN);
         let panics = lines.iter().take(skipped).filter(|line| line.contains("panicked at"));
-        let shown: Vec<&str> = panics.chain(lines.iter().skip(skipped)).copied().collect();
+        let cut = |line: &&str| line.chars().take(LINE_CHARACTERS_SHOWN).collect::<String>();
+        let shown: Vec<String> = panics.chain(lines.iter().skip(skipped)).map(cut).collect();
         return Ok(Err(shown.join("\n")));
     }
     let figure = |name: &str| {

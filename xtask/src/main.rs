@@ -1,6 +1,8 @@
 //! Development tasks: `cargo xtask ci | fuzz | peers | samples`.
 
 mod ci;
+#[cfg(test)]
+mod document;
 mod fuzz;
 mod peers;
 mod samples;
