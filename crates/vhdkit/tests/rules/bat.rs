@@ -7,8 +7,8 @@ use vhdkit_testkit::model::{NOT_PRESENT, UNDEFINED, UNMAPPED, ZERO};
 use vhdkit_testkit::{BitmapSpec, BlockSpec, Guid, ImageBuilder, Place, SectorMask};
 
 use crate::table::{
-    ERROR, Expect, MIB, Made, NOTE, Row, WARNING, accepted, child_of, data, differencing, dynamic, entry_refused,
-    parent, refused, row,
+    ERROR, Expect, MIB, Made, NOTE, Refuses, Row, WARNING, accepted, child_of, data, differencing, dynamic,
+    entry_refused, parent, refused, row,
 };
 
 pub(crate) fn rows() -> Vec<Row> {
@@ -102,10 +102,19 @@ fn entries() -> Vec<Row> {
     let state_4 = || entry_refused(Corrupt, Code::BatState).also(&[Code::LeakedSpace]);
     let state_5 = || Expect::entry_graded(Corrupt, Code::BatStateOldUnmapped, [WARNING, ERROR, ERROR]);
     rows.push(row("V-112", "state 4", || raw(4), state_4()));
-    rows.push(row("V-112", "state 4 with an offset", || raw(6 * MIB | 4), state_4()));
+    rows.push(row("V-112", "state 4 with an offset", || raw((6 * MIB) | 4), state_4()));
     rows.push(row("V-112", "state 4 in a child", || raw_child(4), state_4()));
     rows.push(row("V-112", "state 5, UNMAPPED of version 0.95", || raw(5), state_5()));
     rows.push(row("V-112", "state 5 in a child masks the parent", || raw_child(5), state_5()));
+    rows.push(row(
+        "V-116",
+        "state 5 keeps space behind the end",
+        || raw((7 * MIB) | 5),
+        state_5().with(|[lenient, _, _]| {
+            let refused = Refuses(Corrupt, Some(Code::BatAnchor));
+            (lenient.page, lenient.write, lenient.check) = (refused, refused, refused);
+        }),
+    ));
     let partial = |fixed: bool| {
         let block = BlockSpec::partial(data(6), SectorMask::all());
         let builder = dynamic().block(6, block).with(|builder| builder.leave_blocks_allocated = fixed);
@@ -128,6 +137,7 @@ fn entries() -> Vec<Row> {
 fn file_end() -> Vec<Row> {
     let mut rows = Vec::new();
     let outside = || entry_refused(Truncated, Code::BatOutsideFile);
+    let leaks = || entry_refused(Truncated, Code::BatOutsideFile).also(&[Code::LeakedSpace]);
     for offset in [7 * MIB, 8 * MIB, 1 << 44, 1 << 62, !(MIB - 1)] {
         rows.push(row("V-115", format!("present at {offset:#x}"), move || raw(offset | 6), outside()));
     }
@@ -145,7 +155,7 @@ fn file_end() -> Vec<Row> {
         "V-115",
         "the last block is cut off one byte before the disk ends",
         move || half(5 * MIB + MIB / 2 - 1),
-        outside(),
+        leaks(),
     ));
     rows.push(row(
         "V-115",
@@ -154,7 +164,7 @@ fn file_end() -> Vec<Row> {
             let builder = ImageBuilder::new(3 * MIB + MIB / 2, 1 << 20).block(1, BlockSpec::present(data(1)));
             Made::new(builder.with(|builder| builder.file_length = Some(5 * MIB - 512))).affects(1)
         },
-        outside(),
+        leaks(),
     ));
     rows.push(row(
         "V-115",
@@ -162,9 +172,9 @@ fn file_end() -> Vec<Row> {
         || {
             let builder = ImageBuilder::new(512 * MIB, 256 << 20).block(0, BlockSpec::present(data(1)));
             let made = Made::new(builder.with(|builder| builder.file_length = Some(259 * MIB))).affects(0);
-            made.compares(&[256 * MIB..257 * MIB])
+            made.compares(&[256 * MIB..257 * MIB, 511 * MIB..512 * MIB])
         },
-        outside(),
+        leaks(),
     ));
     rows
 }
@@ -248,7 +258,7 @@ fn overlaps() -> Vec<Row> {
         "a block that begins before the BAT and ends inside it",
         || {
             let builder = ImageBuilder::new(8 * MIB, 2 << 20).with(|builder| builder.bat_offset = Some(5 * MIB));
-            Made::new(builder.block(1, BlockSpec { raw: Some(4 * MIB | 6), ..BlockSpec::new(ZERO) })).affects(1)
+            Made::new(builder.block(1, BlockSpec { raw: Some((4 * MIB) | 6), ..BlockSpec::new(ZERO) })).affects(1)
         },
         entry_refused(Corrupt, Code::BatOverlap).also(&[Code::LeakedSpace]),
     ));
@@ -270,11 +280,18 @@ fn overlaps() -> Vec<Row> {
         },
         scan_refused(Code::BatOverlap),
     ));
+    rows.extend(bitmap_overlaps());
+    rows
+}
+
+fn bitmap_overlaps() -> Vec<Row> {
+    let mut rows = Vec::new();
     let bitmap = |mebibytes: u64, block: u64| {
         let parent = parent();
         let builder = ImageBuilder::new(8 * MIB, 1 << 20).named("child.vhdx").differencing(&parent);
-        let builder = builder.block(0, BlockSpec::present(data(1)).at(block));
-        builder.bitmap(0, BitmapSpec { place: Place::At(mebibytes), fill: 0, ..BitmapSpec::default() })
+        let builder = builder.block(0, BlockSpec::present(vhdkit_testkit::Content::Zero).at(block));
+        let raw = Some((mebibytes * MIB) | 6);
+        builder.bitmap(0, BitmapSpec { place: Place::Nowhere, raw, ..BitmapSpec::default() })
     };
     rows.push(row("V-118", "a bitmap over a block", move || bitmap(4, 4), scan_refused(Code::BatOverlap)));
     rows.push(row(
@@ -294,10 +311,19 @@ fn overlaps() -> Vec<Row> {
     ));
     rows.push(row(
         "V-118",
+        "what belongs to nothing is counted to the byte",
+        || {
+            // The disk's last block ends at 7 MiB.
+            Made::new(dynamic().with(|builder| builder.file_length = Some(10 * MIB + 512))).leaks(3 * MIB + 512)
+        },
+        Expect::scan_graded(Corrupt, Code::LeakedSpace, [NOTE; 3]),
+    ));
+    rows.push(row(
+        "V-118",
         "a block over an unknown region",
         || {
             let builder = dynamic().unknown_region(Guid::seeded(9), 9 * MIB, 1 << 20, 0, 0x5A);
-            let block = BlockSpec { raw: Some(9 * MIB | 6), ..BlockSpec::new(ZERO) };
+            let block = BlockSpec { raw: Some((9 * MIB) | 6), ..BlockSpec::new(ZERO) };
             Made::new(builder.block(6, block)).affects(6)
         },
         entry_refused(Corrupt, Code::BatOverlap).also(&[Code::RegionUnknown, Code::LeakedSpace]),
@@ -325,7 +351,7 @@ fn bitmaps() -> Vec<Row> {
         rows.push(row(
             "V-119",
             format!("state {state}"),
-            move || with_bitmap(4 * MIB | state),
+            move || with_bitmap((4 * MIB) | state),
             refused(Corrupt, Code::BitmapState),
         ));
         rows.push(row(
@@ -357,7 +383,7 @@ fn bitmaps() -> Vec<Row> {
             builder.bat_raw.insert(4096, entry);
         })
     };
-    for entry in [1, 4 * MIB | 6, u64::MAX, 1 << 50 | 6] {
+    for entry in [1, (4 * MIB) | 6, u64::MAX, (1 << 50) | 6] {
         rows.push(row(
             "V-121",
             format!("{entry:#x} in an image without parent"),

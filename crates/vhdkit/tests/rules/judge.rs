@@ -271,6 +271,10 @@ fn judge_check(stage: &Stage, strictness: Strictness, expected: Outcome, also: &
     if (report.errors > 0) != matches!(expected, Refuses(..)) {
         return Some(format!("{} errors instead of {expected:?}: {}", report.errors, list(&report.findings)));
     }
+    let leaked = report.summary.as_ref().map(|summary| summary.leaked_bytes);
+    if stage.made.leaked.is_some() && leaked != stage.made.leaked {
+        return Some(format!("{leaked:?} bytes belong to nothing instead of {:?}", stage.made.leaked));
+    }
     judge_findings(&report.findings, expected, also)
 }
 
@@ -310,7 +314,7 @@ fn judge_pages(made: &Made, image: &Image, expected: Outcome) -> Option<String> 
 fn default_ranges(made: &Made, size: u64, block_size: u64) -> Vec<Range<u64>> {
     const END: u64 = 65_536;
     if size <= 64 << 20 {
-        return vec![0..size];
+        return std::iter::once(0..size).collect();
     }
     let mut ranges = vec![0..END, size - END..size];
     for block in made.image.model.blocks.keys() {

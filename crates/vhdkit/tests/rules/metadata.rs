@@ -95,6 +95,12 @@ fn table() -> Vec<Row> {
             reserved(Code::MetadataEntryReserved),
         ));
     }
+    rows.extend(duplicates());
+    rows
+}
+
+fn duplicates() -> Vec<Row> {
+    let mut rows = Vec::new();
     let twice = |item: ItemSpec| changed(|metadata| metadata.entries.extend([item.clone(), item]));
     rows.push(row(
         "V-084",

@@ -339,11 +339,11 @@ fn identities() -> Vec<Row> {
             let resolver = FileResolver::new().name_parent(&place.path("elsewhere/base.vhdx"));
             place.finds_by(resolver)
         }),
-        special("V-150", "no path", &[Code::LocatorNoPath], || {
+        special("V-150", "no path, and nothing is named", &[Code::LocatorNoPath], || {
             Place::new(&[]).parent_at("images/parent.vhdx").refuses(ErrorKind::Corrupt)
         }),
         special("V-152", "named files, nearest first", &[], nearest_first),
-        special("V-154", "a file that is its own parent", &[Code::ChainCycle], || {
+        special("V-154", "a file whose path names itself", &[Code::ChainCycle], || {
             let place = Place::relative("child.vhdx");
             place.refuses(Chain)
         }),

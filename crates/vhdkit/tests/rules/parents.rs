@@ -71,7 +71,7 @@ fn identity() -> Vec<Row> {
         let zero = parent_builder().both_headers(|header| header.data_write_guid = Guid::ZERO);
         Made::new(child_of(&Arc::new(zero.build())))
     };
-    vec![
+    let mut rows = vec![
         row(
             "V-152",
             "the parent was written to",
@@ -111,6 +111,14 @@ fn identity() -> Vec<Row> {
         ),
         row("V-152", "an all-zero identity names nobody", zero, mismatch()),
         row("V-152", "an all-zero identity and a named parent", move || zero().name_parent("parent.vhdx"), accepted()),
+    ];
+    rows.extend(named());
+    rows
+}
+
+fn named() -> Vec<Row> {
+    let mismatch = || Expect::parent(Mismatch, Some(Code::ParentMismatch));
+    vec![
         row(
             "V-152",
             "a named parent must be the right one all the same",

@@ -246,7 +246,7 @@ fn ends() -> Vec<Row> {
 }
 
 fn overlaps() -> Vec<Row> {
-    let overlap = || refused(Corrupt, Code::RegionOverlap);
+    let overlap = || refused(Corrupt, Code::RegionOverlap).also(&[Code::LeakedSpace]);
     let unknown = |offset, length, required| added(RegionSpec::at(Guid::seeded(UNKNOWN), offset, length, required));
     let follow = [Code::RegionUnknown, Code::MetadataSignature, Code::BatOverlap, Code::BatReserved, Code::BatAnchor];
     vec![

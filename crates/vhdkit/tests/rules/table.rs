@@ -162,6 +162,9 @@ pub(crate) fn replayed() -> Expect {
         .with(|levels| levels.iter_mut().for_each(|level| level.write = stop))
 }
 
+/// Panics when something does not hold.
+pub(crate) type Verify<T> = Arc<dyn Fn(&T) + Send + Sync>;
+
 /// An image with everything that is needed to judge it.
 #[derive(Clone)]
 pub(crate) struct Made {
@@ -175,9 +178,11 @@ pub(crate) struct Made {
     /// Guest ranges to compare, where the disk is too large to compare all of it.
     pub ranges: Option<Vec<Range<u64>>>,
     /// What else must hold of the open image.
-    pub verify: Option<Arc<dyn Fn(&Image) + Send + Sync>>,
+    pub verify: Option<Verify<Image>>,
     /// What else must hold of the error that refuses to open it.
-    pub verify_error: Option<Arc<dyn Fn(&Error) + Send + Sync>>,
+    pub verify_error: Option<Verify<Error>>,
+    /// Bytes that belong to nothing, where that matters.
+    pub leaked: Option<u64>,
 }
 
 impl From<BuiltImage> for Made {
@@ -190,6 +195,7 @@ impl From<BuiltImage> for Made {
             ranges: None,
             verify: None,
             verify_error: None,
+            leaked: None,
         }
     }
 }
@@ -234,6 +240,11 @@ impl Made {
 
     pub(crate) fn verify_error(mut self, verify: impl Fn(&Error) + Send + Sync + 'static) -> Self {
         self.verify_error = Some(Arc::new(verify));
+        self
+    }
+
+    pub(crate) fn leaks(mut self, bytes: u64) -> Self {
+        self.leaked = Some(bytes);
         self
     }
 
