@@ -4,7 +4,7 @@ use vhdkit::error::ErrorKind::{self, Corrupt, Limit, Truncated};
 use vhdkit::format::finding::Code;
 use vhdkit::image::BlockDevice;
 use vhdkit_testkit::model::{NOT_PRESENT, UNDEFINED, UNMAPPED, ZERO};
-use vhdkit_testkit::{BitmapSpec, BlockSpec, Guid, ImageBuilder, Place, SectorMask};
+use vhdkit_testkit::{BitmapSpec, BlockSpec, Content, Guid, ImageBuilder, Place, SectorMask};
 
 use crate::table::{
     ERROR, Expect, MIB, Made, NOTE, Refuses, Row, WARNING, accepted, child_of, data, differencing, dynamic,
@@ -170,7 +170,7 @@ fn file_end() -> Vec<Row> {
         "V-115",
         "blocks of 256 MiB behind the end of the file",
         || {
-            let builder = ImageBuilder::new(512 * MIB, 256 << 20).block(0, BlockSpec::present(data(1)));
+            let builder = ImageBuilder::new(512 * MIB, 256 << 20).block(0, BlockSpec::present(Content::Zero));
             let made = Made::new(builder.with(|builder| builder.file_length = Some(259 * MIB))).affects(0);
             made.compares(&[256 * MIB..257 * MIB, 511 * MIB..512 * MIB])
         },
@@ -266,7 +266,7 @@ fn overlaps() -> Vec<Row> {
         "V-118",
         "two blocks at the same place",
         || {
-            let block = || BlockSpec::present(vhdkit_testkit::Content::Fill(7)).at(7);
+            let block = || BlockSpec::present(Content::Fill(7)).at(7);
             dynamic().block(6, block()).block(7, block())
         },
         scan_refused(Code::BatOverlap),
@@ -275,7 +275,7 @@ fn overlaps() -> Vec<Row> {
         "V-118",
         "two blocks of 2 MiB that share one",
         || {
-            let block = |place| BlockSpec::present(vhdkit_testkit::Content::Fill(7)).at(place);
+            let block = |place| BlockSpec::present(Content::Fill(7)).at(place);
             ImageBuilder::new(8 * MIB, 2 << 20).block(0, block(4)).block(3, block(5))
         },
         scan_refused(Code::BatOverlap),
@@ -289,7 +289,7 @@ fn bitmap_overlaps() -> Vec<Row> {
     let bitmap = |mebibytes: u64, block: u64| {
         let parent = parent();
         let builder = ImageBuilder::new(8 * MIB, 1 << 20).named("child.vhdx").differencing(&parent);
-        let builder = builder.block(0, BlockSpec::present(vhdkit_testkit::Content::Zero).at(block));
+        let builder = builder.block(0, BlockSpec::present(Content::Zero).at(block));
         let raw = Some((mebibytes * MIB) | 6);
         builder.bitmap(0, BitmapSpec { place: Place::Nowhere, raw, ..BitmapSpec::default() })
     };
@@ -485,10 +485,10 @@ fn geometry() -> Vec<Row> {
     let huge = |block_size: u32, sector: u32| {
         let count = END / u64::from(block_size);
         let builder = ImageBuilder::new(END, block_size).sector_sizes(sector, 4096);
-        let sparse = |seed| BlockSpec::present(vhdkit_testkit::Content::Sparse { seed, stride: 2048 });
+        let sparse = |seed| BlockSpec::present(Content::Sparse { seed, stride: 2048 });
         let builder = [0, count / 2, count - 2].into_iter().fold(builder, |b, block| b.block(block, sparse(block)));
         // The very last sector holds data.
-        let last = BlockSpec::present(vhdkit_testkit::Content::Sparse { seed: 9, stride: END / 512 - 1 });
+        let last = BlockSpec::present(Content::Sparse { seed: 9, stride: END / 512 - 1 });
         builder.block(count - 1, last)
     };
     let last = |made: Made| {
@@ -515,7 +515,7 @@ fn geometry() -> Vec<Row> {
         Made::new(
             ImageBuilder::new(size, 1 << 20)
                 .block(0, BlockSpec::present(data(1)))
-                .block(2, BlockSpec::present(vhdkit_testkit::Content::pattern(3))),
+                .block(2, BlockSpec::present(Content::pattern(3))),
         )
     };
     rows.push(row(

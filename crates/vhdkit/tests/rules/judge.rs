@@ -290,7 +290,7 @@ fn judge_pages(made: &Made, image: &Image, expected: Outcome) -> Option<String> 
     let Refuses(kind, code) = expected else {
         return ranges.into_iter().find_map(|range| compare(made, image, range));
     };
-    let mut buffer = vec![0; (affected.end - affected.start) as usize];
+    let mut buffer = vec![0; (affected.end - affected.start).min(MIB_PIECE) as usize];
     let read = image.read_at(&mut buffer, affected.start);
     let walked = image.visit_extents(affected.clone(), &mut |_| ControlFlow::Continue(()));
     for (what, result) in [("read", read), ("extents", walked)] {

@@ -9,7 +9,7 @@ use vhdkit::storage::Storage;
 use vhdkit_testkit::dirty::{DirtyPlan, Stale};
 use vhdkit_testkit::log::DescriptorSpec;
 use vhdkit_testkit::spec::{RegionSpec, RegionTableSpec};
-use vhdkit_testkit::{BlockSpec, Guid, ImageBuilder};
+use vhdkit_testkit::{BlockSpec, Content, Guid, ImageBuilder};
 
 use crate::judge::Stage;
 use crate::ring::{PAGE, Ring, made, replayed_with_warning};
@@ -163,7 +163,7 @@ fn before_the_tail() -> Vec<Row> {
 
 /// An image whose last block lies behind the end of its file, as after a crash before the file's length was durable.
 fn cut() -> Ring {
-    let mut ring = Ring::of(dynamic().block(7, BlockSpec::present(vhdkit_testkit::Content::Zero)));
+    let mut ring = Ring::of(dynamic().block(7, BlockSpec::present(Content::Zero)));
     let end = ring.image.layout.payload_block(7);
     assert_eq!(end + MIB, ring.image.file.len());
     ring.image.file.set_len(end);

@@ -8,7 +8,7 @@ use vhdkit_testkit::spec::{
     ITEM_IS_REQUIRED as REQUIRED, ITEM_IS_USER as USER, ITEM_IS_VIRTUAL_DISK as VIRTUAL_DISK, ItemSpec, LocatorSpec,
     MetadataSpec,
 };
-use vhdkit_testkit::{Guid, ImageBuilder};
+use vhdkit_testkit::{BlockSpec, Content, Guid, ImageBuilder};
 
 use crate::table::{
     ERROR, Expect, MIB, Made, NOTE, Row, WARNING, accepted, differencing, dynamic, noted, refused, row, warned,
@@ -337,7 +337,8 @@ fn file_parameters() -> Vec<Row> {
             "V-095",
             format!("{} MiB", size >> 20),
             move || {
-                ImageBuilder::new(8 * MIB, size).block(0, vhdkit_testkit::BlockSpec::present(crate::table::data(4)))
+                let content = Content::Sparse { seed: 4, stride: 4096 };
+                ImageBuilder::new(8 * MIB, size).block(0, BlockSpec::present(content))
             },
             accepted(),
         ));
