@@ -194,8 +194,12 @@ pub fn decode_headers(
         }
     };
     check_current(&current, current_copy, file_size, findings)?;
-    if copies.iter().any(|bytes| bytes.iter().skip(size_of::<RawHeader>()).any(|byte| *byte != 0)) {
-        findings.report(Code::HeaderReserved, place(current_copy), "reserved bytes are not zero".to_owned())?;
+    for (copy, bytes) in copies.iter().enumerate() {
+        // What a damaged copy holds means nothing.
+        let valid = decoded.get(copy).is_some_and(Option::is_some);
+        if valid && bytes.iter().skip(size_of::<RawHeader>()).any(|byte| *byte != 0) {
+            findings.report(Code::HeaderReserved, place(copy), "reserved bytes are not zero".to_owned())?;
+        }
     }
     Ok(Headers { current, current_copy, copies: decoded })
 }

@@ -303,7 +303,8 @@ fn open_beneath(base: &Path, rest: &Path) -> Result<Option<(OwnedFd, PathBuf)>> 
     let kind = rustix::fs::fstat(&found).map(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode));
     if kind != Ok(rustix::fs::FileType::RegularFile) {
         let what = "what lies where the parent should be is not a regular file";
-        return Err(Error::new(ErrorKind::ParentDenied, what).with_path(full));
+        let hint = "put the parent there, or name it with --parent FILE";
+        return Err(Error::new(ErrorKind::ParentDenied, what).with_hint(hint).with_path(full));
     }
     let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&found.as_fd()));
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;

@@ -63,8 +63,16 @@ impl Marks {
         seen != 0
     }
 
-    fn count(&self) -> u64 {
-        self.0.iter().map(|word| u64::from(word.count_ones())).sum()
+    /// Bytes of a file that were not marked; the last MiB of the file may be cut short.
+    fn unmarked(&self, file_size: u64) -> u64 {
+        let whole = file_size.div_ceil(MIB);
+        let marked: u64 = self.0.iter().map(|word| u64::from(word.count_ones())).sum();
+        let last = whole.saturating_sub(1);
+        let word = usize::try_from(last / 64).ok().and_then(|word| self.0.get(word)).copied().unwrap_or_default();
+        let last_is_marked = word >> (last % 64) & 1 == 1;
+        let missing = whole * MIB - file_size; // bytes that the last MiB has not; below 1 MiB
+        let unmarked = whole.saturating_sub(marked) * MIB;
+        if last_is_marked { unmarked } else { unmarked.saturating_sub(missing) }
     }
 }
 
@@ -112,9 +120,8 @@ pub(crate) fn scan_bat(
             reported = end;
         }
     }
-    let file_mib = rules.file_size.div_ceil(MIB);
     let mut result = scan.result;
-    result.leaked_bytes = (file_mib - scan.marks.count().min(file_mib)) * MIB;
+    result.leaked_bytes = scan.marks.unmarked(rules.file_size);
     Ok(result)
 }
 
