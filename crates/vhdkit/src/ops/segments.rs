@@ -157,6 +157,7 @@ pub(super) fn data_runs(buffer: &[u8], start: u64, runs: &mut Vec<Range<u64>>) {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::single_range_in_vec_init, reason = "lists of one run are meant")]
     use super::*;
 
     #[test]
