@@ -1,5 +1,6 @@
 //! The parent locator: key and value pairs that name the parent ([MS-VHDX] 2.6.2.6).
 
+use std::collections::HashSet;
 use std::mem::offset_of;
 
 use zerocopy::little_endian::{U16, U32};
@@ -165,19 +166,33 @@ impl ParentLocator {
             return Err(findings.fatal(Code::LocatorCount, place.clone(), detail));
         }
         let mut locator = Self::default();
+        let mut seen = HashSet::new();
+        let mut text_bytes = 0;
         for index in 0..count {
             let Ok((entry, tail)) = RawLocatorEntry::ref_from_prefix(rest) else { break };
             rest = tail;
+            // Pairs that share their bytes could claim gigabytes of text out of an item of 1 MiB.
+            text_bytes += claimed_bytes(item, entry); // at most 65,535 pairs of 128 KiB
+            if text_bytes > item.len() {
+                let detail = format!("the first {} pairs hold more text than the item has bytes", index + 1);
+                return Err(findings.fatal(Code::LocatorRange, place.clone(), detail));
+            }
             if let Some(pair) = decode_pair(item, entry, index, place, findings)? {
-                locator.add(pair, place, findings)?;
+                locator.add(pair, &mut seen, place, findings)?;
             }
         }
         locator.check(place, findings)?;
         Ok(locator)
     }
 
-    fn add(&mut self, pair: (String, String), place: &Location, findings: &mut dyn Findings) -> Result<()> {
-        if self.get(&pair.0).is_some() {
+    fn add(
+        &mut self,
+        pair: (String, String),
+        seen: &mut HashSet<String>,
+        place: &Location,
+        findings: &mut dyn Findings,
+    ) -> Result<()> {
+        if !seen.insert(pair.0.clone()) {
             let detail = format!("key \"{}\" occurs twice", escape(&pair.0));
             return findings.report(Code::LocatorDuplicate, place.clone(), detail);
         }
@@ -222,6 +237,14 @@ impl ParentLocator {
         }
         Ok(())
     }
+}
+
+/// How much text of the item a pair claims; what lies outside is an error of its own.
+fn claimed_bytes(item: &[u8], entry: &RawLocatorEntry) -> usize {
+    let parts = [(entry.key_offset, entry.key_length), (entry.value_offset, entry.value_length)];
+    let inside = parts.iter().map(|(offset, length)| (offset.get() as usize, usize::from(length.get())));
+    let inside = inside.filter(|(offset, length)| offset.checked_add(*length).is_some_and(|end| end <= item.len()));
+    inside.map(|(_, length)| length).sum()
 }
 
 /// Reads one pair; `None` when an error was reported for it.

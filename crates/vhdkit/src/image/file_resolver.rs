@@ -1,7 +1,8 @@
 //! Parents as files in directories that the caller allows.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -148,7 +149,7 @@ impl FileResolver {
             WindowsPath::Relative(parts) => {
                 let Some(own) = own else { return };
                 match normalize(own, &parts) {
-                    Some(path) => self.look_at(&path, own, search),
+                    Some(path) => self.look_at(&path, Some(own), search),
                     None => search.denied.push(format!("\"{}\" (leads above the root)", escape(text))),
                 }
                 // The child may have been moved away from its parent: the caller's directories are looked into by name.
@@ -161,7 +162,7 @@ impl FileResolver {
                 if let Some(path) = normalize(&mounted, &parts)
                     && mounted.is_dir()
                 {
-                    self.look_at(&path, own.unwrap_or(Path::new("/")), search);
+                    self.look_at(&path, own, search);
                 }
                 self.look_for_suffixes(&parts, &self.allowed(own), search);
             }
@@ -170,8 +171,8 @@ impl FileResolver {
     }
 
     /// Looks at one place, which must be beneath an allowed directory.
-    fn look_at(&self, path: &Path, own: &Path, search: &mut Search) {
-        let mut allowed = self.allowed(Some(own));
+    fn look_at(&self, path: &Path, own: Option<&Path>, search: &mut Search) {
+        let mut allowed = self.allowed(own);
         if self.any {
             allowed.push(PathBuf::from("/"));
         }
@@ -324,7 +325,7 @@ fn find_ignoring_case(base: &OwnedFd, rest: &Path) -> Option<PathBuf> {
         let directory = openat2(base, at, flags, Mode::empty(), RESOLVE).ok()?;
         let mut matching: Vec<OsString> = Vec::new();
         for entry in Dir::new(directory).ok()? {
-            let name = OsString::from(entry.ok()?.file_name().to_str().ok()?);
+            let name = OsStr::from_bytes(entry.ok()?.file_name().to_bytes()).to_owned(); // UTF-8 or not
             if name == *wanted {
                 matching = vec![name];
                 break;

@@ -184,7 +184,9 @@ impl View {
         let found = self.storage.next_data(inside);
         let found = found.map_err(|error| Error::io(format!("cannot look for data at {:#x}", range.start), error))?;
         let Some(overlay) = &self.overlay else { return Ok(found) };
-        let mut pages = overlay.touching(range.clone()).filter(|(_, source)| *source != Source::Zero);
+        // A page behind what was found is not looked for: that could walk the same zeroed ranges again and again.
+        let until = found.as_ref().map_or(range.end, |found| found.start).max(range.start);
+        let mut pages = overlay.touching(range.start..until).filter(|(_, source)| *source != Source::Zero);
         let Some((page, _)) = pages.next() else { return Ok(found) };
         let page = page.start.max(range.start)..page.end.min(range.end);
         // Whichever comes first; the rest is found by the next call.

@@ -1,13 +1,14 @@
 //! The parts of a disk that hold data, one after another, without a list of all of them in memory.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::{ControlFlow, Range};
 
 use crate::error::{Error, Result};
 use crate::image::{BlockDevice, Extent, ExtentKind};
+use crate::storage::Storage;
 
-/// Extents asked for at once.
-const BATCH: usize = 128;
+/// Extents asked for at once. Each time the tables are found anew, which some file systems take long for.
+const BATCH: usize = 4096;
 /// A disk that allocates in smaller units tells its holes itself, as raw disks do. In larger units, an allocated block
 /// may be a hole of the file for the most part.
 const FINE_UNIT: u64 = 64 << 10;
@@ -39,6 +40,52 @@ impl Segment {
     }
 }
 
+/// Stretches of data that are remembered for one file.
+const STRETCHES_MAX: usize = 16;
+/// Bytes that may be walked in vain in one file before only holes at the start of a range are looked for.
+const VAIN_BYTES_MAX: u64 = 4 << 30;
+
+/// Where one file is known to hold data.
+///
+/// Some file systems find the end of a stretch by walking all of it, page by page. With blocks in no order each search
+/// would walk most of the file again, which takes hours.
+#[derive(Debug, Default)]
+struct KnownData {
+    stretches: VecDeque<Range<u64>>,
+    /// Bytes that were asked about.
+    asked: u64,
+    /// Bytes behind those that had to be walked to find the end of their stretch.
+    vain: u64,
+}
+
+impl KnownData {
+    /// As [`Storage::next_data`]; what it calls data may hold holes after all.
+    fn next(&mut self, storage: &dyn Storage, range: Range<u64>) -> std::io::Result<Option<Range<u64>>> {
+        let known =
+            |stretches: &VecDeque<Range<u64>>, at| stretches.iter().find(|stretch| stretch.contains(&at)).cloned();
+        if let Some(stretch) = known(&self.stretches, range.start) {
+            return Ok(Some(range.start..range.end.min(stretch.end)));
+        }
+        let Some(start) = storage.data_start(range.clone())?.map(|start| start.max(range.start)) else {
+            return Ok(None);
+        };
+        if let Some(stretch) = known(&self.stretches, start) {
+            return Ok(Some(start..range.end.min(stretch.end)));
+        }
+        if self.vain > self.asked.saturating_add(VAIN_BYTES_MAX) {
+            return Ok(Some(start..range.end));
+        }
+        let Some(found) = storage.next_data(start..storage.len()?.max(range.end))? else { return Ok(None) };
+        self.asked = self.asked.saturating_add(range.end.saturating_sub(start));
+        self.vain = self.vain.saturating_add(found.end.saturating_sub(found.start.max(range.end)));
+        if self.stretches.len() >= STRETCHES_MAX {
+            self.stretches.pop_front();
+        }
+        self.stretches.push_back(found.clone());
+        Ok((found.start < range.end).then_some(found.start..found.end.min(range.end)))
+    }
+}
+
 /// Walks the segments of a disk.
 #[derive(Debug)]
 pub(super) struct Segments<'a> {
@@ -51,12 +98,15 @@ pub(super) struct Segments<'a> {
     /// What is left of an extent whose holes in the file are being looked for.
     open: Option<Segment>,
     look_for_holes: bool,
+    /// By layer.
+    known: BTreeMap<usize, KnownData>,
 }
 
 impl<'a> Segments<'a> {
     pub(super) fn new(source: &'a dyn BlockDevice) -> Self {
         let look_for_holes = source.allocation_unit() >= FINE_UNIT;
-        Self { source, asked: 0, queue: VecDeque::with_capacity(BATCH), current: None, open: None, look_for_holes }
+        let known = BTreeMap::new();
+        Self { source, asked: 0, queue: VecDeque::new(), current: None, open: None, look_for_holes, known }
     }
 
     /// What comes next; `None` at the end of the disk.
@@ -83,19 +133,20 @@ impl<'a> Segments<'a> {
     fn narrow(&mut self, mut open: Segment) -> Result<()> {
         let storage = match open.place {
             Some((layer, offset)) if self.look_for_holes => {
-                self.source.layer_storage(layer).map(|found| (found, offset))
+                self.source.layer_storage(layer).map(|found| (found, layer, offset))
             }
             _ => None,
         };
-        let Some((storage, offset)) = storage else {
+        let Some((storage, layer, offset)) = storage else {
             self.current = Some(open);
             return Ok(());
         };
         let length = open.guest.end - open.guest.start;
-        let found = storage.next_data(offset..offset + length); // extents lie below 2^63 in their files
+        // Extents lie below 2^63 in their files.
+        let found = self.known.entry(layer).or_default().next(storage.as_ref(), offset..offset + length);
         let found = found.map_err(|error| Error::io(format!("cannot look for data at {offset:#x}"), error))?;
         if let Some(found) = found {
-            open.cut(found.start - offset);
+            open.cut(found.start.saturating_sub(offset));
             self.current = Some(open.cut(found.end - found.start));
             self.open = (!open.guest.is_empty()).then_some(open);
         }

@@ -325,6 +325,17 @@ impl Storage for FileStorage {
         })
     }
 
+    fn data_start(&self, range: Range<u64>) -> io::Result<Option<u64>> {
+        if self.kind == FileKind::Regular && !range.is_empty() && range.start <= MAX_POSITION {
+            match self.seek(SeekFrom::Data(range.start)) {
+                Ok(found) => return Ok(found.filter(|start| *start < range.end)),
+                Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(self.next_data(range)?.map(|found| found.start))
+    }
+
     fn clone_range(&self, source: &dyn Storage, source_offset: u64, offset: u64, length: u64) -> io::Result<bool> {
         if length == 0 {
             return Ok(true); // to the kernel it would mean everything up to the end

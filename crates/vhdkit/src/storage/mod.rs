@@ -124,6 +124,15 @@ pub trait Storage: Debug + Send + Sync {
         Ok((!range.is_empty()).then_some(range))
     }
 
+    /// Where the first range that [`Storage::next_data`] would give begins, without looking for its end, which can
+    /// take long.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn data_start(&self, range: Range<u64>) -> io::Result<Option<u64>> {
+        Ok(self.next_data(range)?.map(|found| found.start))
+    }
+
     /// Makes a range here share the blocks of a range of `source` (reflink). `Ok(false)`, with nothing changed, when
     /// the file system cannot do that for this pair or alignment.
     ///
