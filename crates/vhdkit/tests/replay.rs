@@ -19,7 +19,7 @@ use std::sync::Arc;
 use model_support::{open, read, right_extents, same_reads, try_open};
 use vhdkit::ErrorKind;
 use vhdkit::format::finding::{Code, Strictness};
-use vhdkit::image::{FileResolver, OpenOptions};
+use vhdkit::image::{ExtentKind, FileResolver, OpenOptions};
 use vhdkit::ops::check::{CheckOptions, check};
 use vhdkit::storage::{FileAccess, FileStorage, Sharing, Storage};
 use vhdkit_testkit::builder::{BlockSpec, BuiltImage, ImageBuilder};
@@ -244,6 +244,25 @@ fn the_log_lets_the_file_grow() {
     image.model.write_zeroes((9 << 20) + (1 << 19), 1 << 19);
     let opened = open("payload behind the end", &image);
     same_reads("payload behind the end", &opened, &image, &mut Rng::new(1), 60);
+}
+
+/// Data that the log changes has no one place in the file: whoever copied from there would copy what is stale.
+#[test]
+fn data_in_the_log_has_no_place_in_the_file() {
+    let clean =
+        (0..4).fold(ImageBuilder::new(4 << 20, 1 << 20), |builder, block| builder.pattern_block(block, block)).build();
+    for (block, page) in [(1, 0), (2, 100), (3, 255)] {
+        let mut image = clean.clone();
+        let at = clean.layout.payload_block(block) + page * 4096;
+        DirtyPlan::new(3).move_range(&clean, at, 4096).apply(&mut image);
+        let opened = open("one page", &image);
+        for extent in model_support::extents(&opened, 0..4 << 20) {
+            let changed = extent.start <= block << 20 && block << 20 < extent.end();
+            let placed = matches!(extent.kind, ExtentKind::Data { file_offset: Some(_) });
+            assert_eq!(placed, !changed, "page {page} of block {block}: {extent:x?}");
+        }
+        judge("one page", &image);
+    }
 }
 
 /// V-045 for a LastFileOffset that is no multiple of 1 MiB, as QEMU writes it.

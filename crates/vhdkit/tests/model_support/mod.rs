@@ -281,12 +281,16 @@ pub(crate) fn right_extents(name: &str, image: &Image, top: &BuiltImage, rng: &m
         }
         points.into_iter().for_each(|position| check(extent, position));
     }
-    for _ in 0..whole.len().min(60) {
-        let extent = whole[rng.below(whole.len() as u64) as usize];
-        let length = extent.length.min(rng.between(1, 40_000));
+    // All of them where there are few.
+    let sampled = whole.len().min(60);
+    for number in 0..sampled {
+        let number = if sampled < whole.len() { rng.below(whole.len() as u64) as usize } else { number };
+        let extent = whole[number];
+        let length = extent.length.min(rng.between(1, 20_000));
         let inside = extent.start + rng.below(extent.length - length + 1);
-        let start = rng.pick(&[extent.start, extent.end() - length, inside]);
-        right_bytes(name, image, &top.model, &extent, start..start + length);
+        for start in [extent.start, inside, extent.end() - length] {
+            right_bytes(name, image, &top.model, &extent, start..start + length);
+        }
     }
     let corners = corners(top);
     for _ in 0..20 {
