@@ -156,6 +156,11 @@ const FAULTS: &[Fault] = &[
     }),
     ("E10", "one good descriptor, then zeros", |entry| entry.descriptor(DescriptorSpec::raw([0; 32]))),
     ("E11", "one sector too long", |entry| entry.with(|entry| entry.entry_length = Some(12_288))),
+    ("E11", "one data sector more than descriptors", |entry| {
+        let sequence = entry.sequence.to_le_bytes();
+        let entry = patch(patch(entry, 8192, b"data"), 8196, &sequence[4..]);
+        patch(entry, 12_284, &sequence[..4]).with(|entry| entry.entry_length = Some(12_288))
+    }),
     ("E12", "signature of the data sector", |entry| first(entry, |data| data.sector_signature = Some(*b"dats"))),
     ("E12", "upper sequence number of the data sector", |entry| {
         first(entry, |data| data.sector_sequence_high = Some(1))
