@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::view::{LogOverlay, View};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::finding::{Code, Findings, Location};
 use crate::format::header::Header;
 use crate::format::log::{ReplayLimits, Ring, SECTOR, SECTOR_BYTES, find_active_sequence, walk_changes};
@@ -78,10 +78,17 @@ impl Ring for FileRing<'_> {
         }
         let index = usize::try_from(number - self.window_start).unwrap_or(usize::MAX);
         self.window.get(index).ok_or_else(|| {
-            Error::new(crate::ErrorKind::InvalidArgument, format!("log sector {number} is outside of the ring"))
+            Error::new(ErrorKind::InvalidArgument, format!("log sector {number} is outside of the ring"))
         })
     }
 }
+
+/// A change in memory takes about 80 bytes. A page image takes 4 KiB of log and more, but a hostile log could be full of
+/// zero descriptors, which take 32 bytes each: so many bytes of log allow for one change, which keeps the overlay smaller
+/// than the log.
+const LOG_BYTES_PER_SEGMENT: u64 = 128;
+/// Changes that any log may make.
+const SEGMENTS_MIN: u64 = 1 << 16;
 
 /// Finds the active sequence of a dirty log and puts its changes into an overlay (V-032 to V-055). The file is only read.
 pub(crate) fn replay_into_memory(
@@ -97,9 +104,14 @@ pub(crate) fn replay_into_memory(
         return Err(findings.fatal(Code::LogNoSequence, place, detail));
     };
     let mut overlay = LogOverlay::default();
+    let segments_max = SEGMENTS_MIN.max(u64::from(header.log_length) / LOG_BYTES_PER_SEGMENT);
     walk_changes(&mut ring, &sequence, header, limits, findings, &mut |_, change| {
         overlay.add(change, header.log_offset);
-        Ok(())
+        if overlay.len() as u64 <= segments_max {
+            return Ok(());
+        }
+        let what = format!("the log changes more than {segments_max} separate ranges, which is not supported");
+        Err(Error::new(ErrorKind::Limit, what).with_code(Code::LogTooLong))
     })?;
     let (first, last) = (sequence.entries.first(), sequence.entries.last());
     let end_of_changes = overlay.ranges().map(|(range, _)| range.end).max().unwrap_or_default();
@@ -131,16 +143,17 @@ pub(crate) fn replay_into_memory(
 /// Counts the changed pages by the structure that they belong to, which is known only after replay.
 pub(crate) fn count_touched(view: &View, taken: &TakenSpace) -> Vec<(String, u64)> {
     let Some(overlay) = view.overlay() else { return Vec::new() };
-    let mut counts: BTreeMap<String, u64> = BTreeMap::new();
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
     for (range, _) in overlay.ranges() {
         let table =
             region::OFFSETS.iter().position(|at| range.start < at + region::TABLE_BYTES as u64 && range.end > *at);
         let name = match (table, taken.overlap(&range)) {
-            (Some(copy), _) => format!("region table copy {}", copy + 1),
-            (None, Some(taken)) => taken.name.clone(),
-            (None, None) => "blocks".to_owned(),
+            (Some(0), _) => "region table copy 1",
+            (Some(_), _) => "region table copy 2",
+            (None, Some(taken)) => taken.name.as_str(),
+            (None, None) => "blocks",
         };
         *counts.entry(name).or_default() += (range.end - range.start) / SECTOR;
     }
-    counts.into_iter().collect()
+    counts.into_iter().map(|(name, pages)| (name.to_owned(), pages)).collect()
 }

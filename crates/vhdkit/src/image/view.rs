@@ -52,6 +52,11 @@ impl LogOverlay {
         self.segments.insert(start, Segment { end, source });
     }
 
+    /// How many ranges are changed.
+    pub(crate) fn len(&self) -> usize {
+        self.segments.len()
+    }
+
     /// Takes earlier changes out of a range. Page segments are whole pages and never split: changes are 4 KiB aligned.
     fn cut(&mut self, range: Range<u64>) {
         if let Some((&start, &segment)) = self.segments.range(..range.start).next_back()
