@@ -69,8 +69,12 @@ fn test() -> Outcome {
     in_root(&["test", "--workspace", "--locked"])
 }
 
+/// Without link-time optimization, which would be done again for each test program and takes longer than the tests.
 fn test_release() -> Outcome {
-    in_root(&["test", "--package", "vhdkit", "--release", "--locked"])
+    let mut command = cargo();
+    command.args(["test", "--package", "vhdkit", "--release", "--locked"]).current_dir(root()?);
+    command.env("CARGO_PROFILE_RELEASE_LTO", "off").env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
+    shell::run(&mut command)
 }
 
 /// Licences, sources and banned crates; advisories would need a download.
