@@ -97,12 +97,7 @@ fn images_of_other_formats_are_named_with_the_way_to_convert_them() {
 fn a_named_parent_that_is_not_there_is_a_parent_that_was_not_found() {
     let scratch = Scratch::new();
     scratch.chain();
-    for arguments in [
-        &["read", "child.vhdx"][..],
-        &["map", "child.vhdx"],
-        &["create", "new.vhdx"],
-        &["convert", "child.vhdx", "x.raw"],
-    ] {
+    for arguments in [&["read", "child.vhdx"][..], &["map", "child.vhdx"], &["convert", "child.vhdx", "x.raw"]] {
         let run = scratch.run(&[arguments, &["--parent", "nowhere.vhdx", "--json"]].concat()).expect(6);
         let error = run.json_error();
         assert_eq!((&error["kind"], &error["file"]), (&"parent-not-found".into(), &"nowhere.vhdx".into()), "{error}");
@@ -147,4 +142,41 @@ fn a_name_that_is_too_long() {
     let name = format!("{}.vhdx", "x".repeat(300));
     let run = scratch.run(&["create", &name, "--size", "1M"]).expect(5);
     assert!(run.err.contains("hint: choose a shorter name"), "{}", run.err);
+}
+
+#[test]
+fn check_judges_a_vhdx_whose_first_sector_is_gone() {
+    let scratch = Scratch::new();
+    scratch.image("disk.vhdx");
+    let mut file = std::fs::read(scratch.join("disk.vhdx")).unwrap();
+    file[..512].fill(0);
+    scratch.write("disk.vhdx", &file);
+    let report = scratch.run(&["check", "disk.vhdx", "--json"]).expect(1).silent().json();
+    assert_eq!(report["findings"][0]["code"], "file-signature");
+    scratch.run(&["info", "disk.vhdx"]).expect(3);
+    scratch.write("junk.vhdx", &junk(MIB as usize));
+    scratch.run(&["check", "junk.vhdx"]).expect(3);
+}
+
+#[test]
+fn check_sends_nobody_to_check() {
+    let scratch = Scratch::new();
+    scratch.image("disk.vhdx");
+    let mut file = std::fs::read(scratch.join("disk.vhdx")).unwrap();
+    for header in [0x1_0000, 0x2_0000] {
+        file[header..header + 4].fill(0);
+    }
+    scratch.write("disk.vhdx", &file);
+    let run = scratch.run(&["check", "disk.vhdx"]).expect(1);
+    assert!(run.out.contains("headers-damaged") && !run.out.contains("vhdkit check"), "{}", run.out);
+    let run = scratch.run(&["info", "disk.vhdx"]).expect(4);
+    assert!(run.err.contains("vhdkit check"), "{}", run.err);
+}
+
+#[test]
+fn a_map_that_fails_at_once_prints_nothing() {
+    let scratch = Scratch::new();
+    scratch.chain();
+    let run = scratch.run(&["map", "child.vhdx", "--no-parents"]).expect(6);
+    assert_eq!(run.out, "", "{}", run.err);
 }

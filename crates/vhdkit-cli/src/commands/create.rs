@@ -13,7 +13,7 @@ use super::layout;
 use crate::args::{BlockState, CreateArgs};
 use crate::cli::Context;
 use crate::failure::{Answer, Failure, file_error};
-use crate::opening::{about_parents, open_options, warn_about};
+use crate::opening::{open_options, warn_about};
 use crate::progress::Bar;
 use crate::show;
 use crate::sizes;
@@ -72,8 +72,7 @@ fn new_parent(
     parent: &Path,
     ancestors: &[PathBuf],
 ) -> Result<(NewParent, Vec<StorageIdentity>), Failure> {
-    let image = open_options(&context.global, ancestors.iter().map(PathBuf::as_path))?.open_path(parent);
-    let image = image.map_err(|error| about_parents(&context.global, error))?;
+    let image = open_options(&context.global, ancestors.iter().map(PathBuf::as_path))?.open_path(parent)?;
     warn_about(context, &image);
     let layer = top(&image)?;
     let relative_path = relative_windows_path(child, parent)?;

@@ -53,7 +53,7 @@ pub(crate) fn run(context: &Context, args: &MapArgs) -> Result<Answer, Failure> 
 
 fn print_json(disk: &Disk) -> Result<(), Failure> {
     let out = BufWriter::with_capacity(1 << 16, io::stdout().lock());
-    let mut writer = json::Writer::begin(out)?;
+    let mut writer = json::Writer::new(out);
     visit_joined(disk.device.as_ref(), &mut |extent| Ok(writer.extent(extent, disk.layer_name(extent.layer))?))?;
     Ok(writer.end()?)
 }
