@@ -286,7 +286,7 @@ pub(crate) struct MapArgs {
     /// The image
     #[arg(value_name = "IMAGE", value_hint = ValueHint::FilePath)]
     pub(crate) image: PathBuf,
-    /// Draw the picture to an SVG file
+    /// Draw the picture to an SVG file; "-" is standard output
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) svg: Option<PathBuf>,
     #[command(flatten)]

@@ -46,7 +46,7 @@ fn makes_a_file(command: &Command) -> bool {
     match command {
         Command::Create(_) => true,
         Command::Convert(args) => !is_standard_stream(&args.target),
-        Command::Map(args) => args.svg.is_some(),
+        Command::Map(args) => args.svg.as_deref().is_some_and(|svg| !is_standard_stream(svg)),
         _ => false,
     }
 }

@@ -232,6 +232,7 @@ fn io_hint(kind: io::ErrorKind) -> &'static str {
         io::ErrorKind::NotFound => "check the name and the directory",
         io::ErrorKind::PermissionDenied => "check the permissions of the file and its directory, or run as its owner",
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "free some space, or choose another file system",
+        io::ErrorKind::InvalidFilename => "choose a shorter name",
         io::ErrorKind::FileTooLarge => "choose a file system that takes files of this size",
         io::ErrorKind::IsADirectory => "name a file, not a directory",
         io::ErrorKind::NotADirectory => "check the directories in the name",

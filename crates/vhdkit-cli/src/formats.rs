@@ -68,17 +68,17 @@ fn read_some(mut file: &File, from: SeekFrom) -> Vec<u8> {
     bytes
 }
 
-/// The name of another disk format that a file has the mark of.
-fn foreign_format(start: &[u8], end: &[u8]) -> Option<&'static str> {
+/// The name of another disk format that a file has the mark of, and what qemu-img calls it.
+fn foreign_format(start: &[u8], end: &[u8]) -> Option<(&'static str, &'static str)> {
     let has = |offset: usize, mark: &[u8]| start.get(offset..).is_some_and(|rest| rest.starts_with(mark));
     if has(0, b"QFI\xfb") {
-        Some("QCOW2 image")
+        Some(("QCOW2 image", "qcow2"))
     } else if has(0, b"KDMV") || has(0, b"# Disk DescriptorFile") {
-        Some("VMDK image")
+        Some(("VMDK image", "vmdk"))
     } else if has(0x40, &[0x7f, 0x10, 0xda, 0xbe]) {
-        Some("VDI image")
+        Some(("VDI image", "vdi"))
     } else if has(0, b"conectix") || end.starts_with(b"conectix") {
-        Some("VHD, the older format")
+        Some(("VHD, the older format", "vpc"))
     } else {
         None
     }
@@ -95,6 +95,12 @@ pub(crate) fn source_format(
     if let Some(format) = given {
         return Ok(format);
     }
+    if is_standard_stream(path) {
+        return Err(Failure::usage(
+            "only `convert` reads standard input, which is read from front to back",
+            "save it to a file first; a file that is named so is ./-",
+        ));
+    }
     let (start, end) = look(path);
     let looks_like_vhdx = probe(&start) == Probe::Vhdx;
     if has_name(path, &RAW_NAMES) || is_block_device(path) {
@@ -104,15 +110,19 @@ pub(crate) fn source_format(
         }
         return Ok(Format::Raw);
     }
-    if looks_like_vhdx || wanted == Wanted::Image || has_name(path, &VHDX_NAMES) || has_name(path, &FAMILY_NAMES) {
+    if looks_like_vhdx {
         return Ok(Format::Vhdx);
     }
-    if let Some(name) = foreign_format(&start, &end) {
+    if let Some((name, qemu_name)) = foreign_format(&start, &end) {
         let error = Error::new(ErrorKind::Unsupported, format!("this is a {name}, which vhdkit does not read"));
-        let hint = format!("convert it with `qemu-img convert -O raw` first; if it is a raw disk say {option} raw");
+        let mut hint = format!("convert it with `qemu-img convert -f {qemu_name} -O raw` first");
+        if wanted == Wanted::Source {
+            hint = format!("{hint}; if it is a raw disk say {option} raw");
+        }
         return Err(error.with_hint(hint).with_path(path).into());
     }
-    Ok(Format::Raw)
+    let is_image = wanted == Wanted::Image || has_name(path, &VHDX_NAMES) || has_name(path, &FAMILY_NAMES);
+    Ok(if is_image { Format::Vhdx } else { Format::Raw })
 }
 
 /// Decides what a target is written as.
@@ -153,8 +163,8 @@ mod tests {
 
     #[test]
     fn other_formats_are_known_by_their_marks() {
-        assert_eq!(foreign_format(b"QFI\xfb\0\0\0\x03", b""), Some("QCOW2 image"));
-        assert_eq!(foreign_format(b"", b"conectix"), Some("VHD, the older format"));
+        assert_eq!(foreign_format(b"QFI\xfb\0\0\0\x03", b""), Some(("QCOW2 image", "qcow2")));
+        assert_eq!(foreign_format(b"", b"conectix"), Some(("VHD, the older format", "vpc")));
         assert_eq!(foreign_format(b"\xeb\x58\x90mkfs.fat", b""), None);
     }
 }

@@ -1,5 +1,6 @@
 //! Opening images and raw disks as the options say.
 
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use vhdkit::format::finding::{Code, Severity};
 use vhdkit::format::guid::Guid;
 use vhdkit::image::{BlockDevice, FileResolver, Image, Layer, OpenOptions, RawDisk, VisitExtent};
 use vhdkit::storage::{FileAccess, FileStorage, Sharing, Storage, StorageIdentity};
+use vhdkit::{Error, ErrorKind};
 
 use crate::args::{Format, GlobalArgs};
 use crate::cli::Context;
@@ -53,6 +55,18 @@ pub(crate) fn check_parent_options(global: &GlobalArgs) -> Result<(), Failure> {
         return Err(Failure::usage("--parent and --no-parents contradict each other", "leave one of them out"));
     }
     Ok(())
+}
+
+/// An error of opening an image; when the file that is not there is a parent that the user named, a parent was not found.
+pub(crate) fn about_parents(global: &GlobalArgs, error: Error) -> Error {
+    let is_missing = error.io_error().is_some_and(|error| error.kind() == io::ErrorKind::NotFound);
+    match error.path() {
+        Some(path) if is_missing && global.parent.iter().any(|named| named == path) => {
+            let missing = Error::new(ErrorKind::ParentNotFound, "the parent that --parent names does not exist");
+            missing.with_path(path).with_hint("check the spelling after --parent")
+        }
+        _ => error,
+    }
 }
 
 /// A disk to read from, whatever its format.
@@ -107,7 +121,8 @@ pub(crate) fn open_disk(context: &Context, request: DiskRequest<'_>) -> Result<D
 pub(crate) fn open_image(context: &Context, path: &Path) -> Result<Image, Failure> {
     check_parent_options(&context.global)?;
     let named = context.global.parent.iter().map(AsRef::as_ref);
-    let image = open_options(&context.global, named)?.open_path(path)?;
+    let image = open_options(&context.global, named)?.open_path(path);
+    let image = image.map_err(|error| about_parents(&context.global, error))?;
     warn_about(context, &image);
     Ok(image)
 }
@@ -146,20 +161,32 @@ fn open_raw(context: &Context, path: &Path, sector: u32) -> Result<Disk, Failure
         let why = format!("the size is no multiple of the sector of {sector} bytes");
         context.ui.warn(Some(path), &format!("{why}; the disk is padded with {padding} bytes of zeros"));
     }
-    let device = NamedRawDisk { disk, path: path.to_owned() };
+    let size = disk.size();
+    let device = NamedRawDisk { disk, path: path.to_owned(), size };
     Ok(Disk { device: Arc::new(device), layer_names: vec![show::file_name(path)] })
 }
 
 /// A raw disk that names its file in errors, as an image does.
 #[derive(Debug)]
-struct NamedRawDisk {
+pub(crate) struct NamedRawDisk {
     disk: RawDisk,
     path: PathBuf,
+    /// Bytes that count; what comes behind them on a device belongs to nobody.
+    size: u64,
+}
+
+impl NamedRawDisk {
+    /// The beginning of what lies in `storage`.
+    pub(crate) fn beginning(storage: Arc<dyn Storage>, path: &Path, size: u64) -> vhdkit::Result<Self> {
+        let disk = RawDisk::new(storage, 512)?;
+        let size = size.min(disk.size());
+        Ok(Self { disk, path: path.to_owned(), size })
+    }
 }
 
 impl BlockDevice for NamedRawDisk {
     fn size(&self) -> u64 {
-        self.disk.size()
+        self.size
     }
 
     fn logical_sector_size(&self) -> u32 {

@@ -7,8 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
+use vhdkit::{Probe, probe};
+
+use crate::ui::Ui;
 
 /// How long a wait for input may take before the flag is looked at again.
 const POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -26,6 +29,8 @@ impl Interrupt {
     /// Handles the signals from here on. With `clean_up` the first one only sets the flag.
     pub(crate) fn install(clean_up: bool) -> io::Result<Self> {
         let interrupt = Self::default();
+        // With a handler the write that goes beyond `ulimit -f` fails, and the file is cleaned up as after any failure.
+        flag::register(SIGXFSZ, Arc::default())?;
         let armed = Arc::new(AtomicBool::new(!clean_up));
         for (signal, number) in [(SIGINT, 2_usize), (SIGTERM, 15)] {
             // The order matters: the shutdown must look at the flag before this signal sets it.
@@ -54,12 +59,22 @@ impl Interrupt {
 #[derive(Debug)]
 pub(crate) struct Stdin {
     interrupt: Interrupt,
+    ui: Ui,
+    looked_at: bool,
 }
 
 impl Stdin {
     /// Standard input, given up when `interrupt` is set.
-    pub(crate) fn new(interrupt: &Interrupt) -> Self {
-        Self { interrupt: interrupt.clone() }
+    pub(crate) fn new(interrupt: &Interrupt, ui: Ui) -> Self {
+        Self { interrupt: interrupt.clone(), ui, looked_at: false }
+    }
+
+    /// Says so when the first bytes are those of a VHDX, whose structure a stream does not tell.
+    fn look(&mut self, first: &[u8]) {
+        if !std::mem::replace(&mut self.looked_at, true) && probe(first) == Probe::Vhdx {
+            let what = "standard input is taken for a raw disk, but looks like a VHDX";
+            self.ui.warn(None, &format!("{what}; if it is one, save it to a file and convert that with --from vhdx"));
+        }
     }
 }
 
@@ -77,7 +92,11 @@ impl Read for Stdin {
             }
             match rustix::io::read(input, &mut *buffer) {
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                result => return result.map_err(Into::into),
+                Err(error) => return Err(error.into()),
+                Ok(count) => {
+                    self.look(buffer.get(..count).unwrap_or_default());
+                    return Ok(count);
+                }
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vhdkit::storage::{FileStorage, NewFile, NewFileOptions, Storage, StorageIdentity};
+use vhdkit::storage::{FileAccess, FileStorage, NewFile, NewFileOptions, Sharing, Storage, StorageIdentity};
 use vhdkit::{Error, ErrorKind};
 
 use crate::cli::Context;
@@ -63,10 +63,11 @@ fn open_device(path: &Path, force: bool, sources: &[StorageIdentity]) -> Result<
         let error = Error::new(ErrorKind::Refused, "this is a block device, and everything on it would be lost");
         return Err(error.with_path(path).with_hint("make sure that it is the right one, then say --force").into());
     }
-    let device = FileStorage::open_block_target(path)?;
-    if device.identity().is_some_and(|identity| sources.contains(&identity)) {
+    // Looked at before it is opened in earnest, since the source's own lock would be taken for another program's.
+    let looked_at = FileStorage::open(path, FileAccess::Read, Sharing::ForceShare);
+    if looked_at.is_ok_and(|device| device.identity().is_some_and(|identity| sources.contains(&identity))) {
         let error = Error::new(ErrorKind::Refused, "source and target are the same device").with_path(path);
         return Err(error.with_hint("choose another target").into());
     }
-    Ok(device)
+    Ok(FileStorage::open_block_target(path)?)
 }

@@ -38,8 +38,9 @@ pub(crate) fn run(context: &Context, args: &CheckArgs) -> Result<Answer, Failure
     let bar = Bar::new("checking", &context.ui, &context.interrupt);
     let report = check(&storage, Some(&args.image), &options, &bar).map_err(|error| error.with_path(&args.image))?;
     drop(bar);
-    // What is no VHDX at all is nothing to judge.
-    if let Some(finding) = report.findings.iter().find(|finding| finding.code() == Code::FileSignature) {
+    // What is no VHDX at all is nothing to judge; one whose first sector is damaged is.
+    let foreign = report.findings.iter().find(|finding| finding.code() == Code::FileSignature);
+    if let Some(finding) = foreign.filter(|_| !has_headers(storage.as_ref())) {
         return Err(Error::from_finding(finding).with_path(&args.image).into());
     }
     let clean = report.errors == 0 && (report.warnings == 0 || !args.strict);
@@ -51,6 +52,15 @@ pub(crate) fn run(context: &Context, args: &CheckArgs) -> Result<Answer, Failure
         out.flush()?;
     }
     Ok(if clean { Answer::Yes } else { Answer::No })
+}
+
+/// True when there is the signature of a header or of a region table where a VHDX has them.
+fn has_headers(storage: &dyn Storage) -> bool {
+    let places = [(0x1_0000, b"head"), (0x2_0000, b"head"), (0x3_0000, b"regi"), (0x4_0000, b"regi")];
+    places.into_iter().any(|(offset, signature)| {
+        let mut bytes = [0; 4];
+        storage.read_at(&mut bytes, offset).is_ok() && bytes == *signature
+    })
 }
 
 fn write_report(
@@ -69,7 +79,9 @@ fn write_report(
         };
         let text = finding.to_string();
         writeln!(out, "{style}{}{style:#}: {} ({})", finding.severity().as_str(), escape(&text), finding.code())?;
-        if let Some(hint) = finding.code().hint().filter(|_| finding.severity() == Severity::Error) {
+        // What sends people to this very command is no next step here.
+        let hint = finding.code().hint().filter(|hint| !hint.contains("`vhdkit check`"));
+        if let Some(hint) = hint.filter(|_| finding.severity() == Severity::Error) {
             writeln!(out, "  hint: {hint}")?;
         }
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::json;
-use vhdkit::image::{BlockDevice, OpenOptions, RawDisk};
+use vhdkit::image::{BlockDevice, OpenOptions};
 use vhdkit::ops::compare::compare;
 use vhdkit::ops::convert::{ConvertOptions, ConvertReport, Destination, Source, convert};
 use vhdkit::ops::create::CreateOptions;
@@ -17,7 +17,7 @@ use crate::args::{ConvertArgs, Format};
 use crate::cli::Context;
 use crate::failure::{Answer, Failure};
 use crate::formats::{Wanted, is_block_device, is_standard_stream, target_format};
-use crate::opening::{Disk, DiskRequest, open_disk};
+use crate::opening::{Disk, DiskRequest, NamedRawDisk, open_disk};
 use crate::progress::Bar;
 use crate::show;
 use crate::signals::Stdin;
@@ -105,18 +105,26 @@ fn plan(args: &ConvertArgs) -> Result<Plan<'_>, Failure> {
             "leave --size out",
         ));
     }
+    let raw_sector = layout::raw_sector(&args.layout);
+    // What a stream has is what was announced; the disk is padded to whole sectors, as that of a raw file is.
+    let disk_size = args.size.map(|size| if stdin { padded(size, raw_sector) } else { size });
     Ok(Plan {
         source: &args.source,
         from: args.from.from,
         target: &args.target,
         to,
-        layout: layout::options(&args.layout, args.size)?,
-        raw_sector: layout::raw_sector(&args.layout),
+        layout: layout::options(&args.layout, disk_size)?,
+        raw_sector,
         size: args.size,
         options: ConvertOptions { zero_scan: !args.no_zero_scan, ..ConvertOptions::default() },
         sync: !args.no_sync,
         verify: args.verify,
     })
+}
+
+/// The size in whole sectors, unless that is beyond all numbers.
+fn padded(size: u64, sector: u32) -> u64 {
+    size.checked_next_multiple_of(u64::from(sector)).unwrap_or(size)
 }
 
 /// The source, unless it is standard input.
@@ -140,7 +148,7 @@ fn transfer(
     source: Option<&Disk>,
     destination: Destination<'_>,
 ) -> Result<ConvertReport, Failure> {
-    let mut stdin = Stdin::new(&context.interrupt);
+    let mut stdin = Stdin::new(&context.interrupt, context.ui);
     let from = match source {
         Some(disk) => Source::Disk(disk.device.as_ref()),
         None => Source::Stream { reader: &mut stdin, size: plan.size },
@@ -148,7 +156,18 @@ fn transfer(
     let bar = Bar::new("converting", &context.ui, &context.interrupt);
     let report = convert(from, destination, &plan.options, &bar);
     // What a source has to say names its file already.
-    Ok(report.map_err(|error| if plan.writes_stdout() { error } else { error.with_path(plan.target) })?)
+    Ok(report.map_err(|error| if plan.writes_stdout() { error } else { about_target(plan.target, error) })?)
+}
+
+/// An error of writing the target. That a device is full means that it is too small.
+fn about_target(target: &Path, error: Error) -> Error {
+    let full = error.io_error().is_some_and(|error| error.kind() == io::ErrorKind::StorageFull);
+    if full && is_block_device(target) {
+        let what = "the block device is too small for the disk; its beginning is overwritten";
+        let error = Error::new(ErrorKind::Refused, what).with_path(target);
+        return error.with_hint("choose a device that is large enough for the disk and its structures");
+    }
+    error.with_path(target)
 }
 
 /// A place for the table of a disk of unknown size. It has no name, and is gone with the process.
@@ -189,7 +208,8 @@ fn warn_of_padding(context: &Context, report: &ConvertReport) {
 /// Reads source and target again and compares them.
 fn verify(context: &Context, plan: &Plan<'_>, source: &Disk, storage: &Arc<dyn Storage>) -> Result<(), Failure> {
     let made: Box<dyn BlockDevice> = match plan.to {
-        Format::Raw => Box::new(RawDisk::new(Arc::clone(storage), 512)?),
+        // A device may be larger than the disk on it.
+        Format::Raw => Box::new(NamedRawDisk::beginning(Arc::clone(storage), plan.target, source.device.size())?),
         Format::Vhdx => Box::new(OpenOptions::new().without_parents().open(Arc::clone(storage), Some(plan.target))?),
     };
     let bar = Bar::new("verifying", &context.ui, &context.interrupt);

@@ -13,15 +13,14 @@ pub(crate) struct Writer<W: Write> {
 }
 
 impl<W: Write> Writer<W> {
-    /// Begins the array.
-    pub(crate) fn begin(mut out: W) -> io::Result<Self> {
-        out.write_all(b"[")?;
-        Ok(Self { out, first: true })
+    /// An array of which nothing is written yet, so that an error at once leaves no beginning of one.
+    pub(crate) fn new(out: W) -> Self {
+        Self { out, first: true }
     }
 
     /// Adds an extent.
     pub(crate) fn extent(&mut self, extent: &Extent, layer: &str) -> io::Result<()> {
-        let separator = if self.first { "" } else { ",\n" };
+        let separator = if self.first { "[" } else { ",\n" };
         self.first = false;
         let (present, zero, offset) = match extent.kind {
             ExtentKind::Data { file_offset } => (true, false, file_offset),
@@ -43,7 +42,7 @@ impl<W: Write> Writer<W> {
 
     /// Ends the array.
     pub(crate) fn end(mut self) -> io::Result<()> {
-        self.out.write_all(b"]\n")?;
+        self.out.write_all(if self.first { b"[]\n" } else { b"]\n" })?;
         self.out.flush()
     }
 }
@@ -56,7 +55,7 @@ mod tests {
     fn the_shape_is_that_of_qemu_img() {
         let extent = |start, kind, layer| Extent { start, length: 512, kind, layer };
         let mut bytes = Vec::new();
-        let mut writer = Writer::begin(&mut bytes).unwrap();
+        let mut writer = Writer::new(&mut bytes);
         writer.extent(&extent(0, ExtentKind::Data { file_offset: Some(4096) }, 0), "a\".vhdx").unwrap();
         writer.extent(&extent(512, ExtentKind::Data { file_offset: None }, 1), "b").unwrap();
         writer.extent(&extent(1024, ExtentKind::Zero, 0), "a").unwrap();
@@ -82,7 +81,7 @@ mod tests {
     #[test]
     fn nothing_is_an_empty_array() {
         let mut bytes = Vec::new();
-        Writer::begin(&mut bytes).unwrap().end().unwrap();
+        Writer::new(&mut bytes).end().unwrap();
         assert_eq!(bytes, b"[]\n");
     }
 }

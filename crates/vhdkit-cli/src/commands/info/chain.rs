@@ -12,7 +12,7 @@ use vhdkit::{Error, Result};
 
 use crate::cli::Context;
 use crate::failure::Failure;
-use crate::opening::{check_parent_options, open_options, resolver, sharing};
+use crate::opening::{about_parents, check_parent_options, open_options, resolver, sharing};
 use crate::show;
 
 /// Remembers whose parents were asked for: the files that could be opened.
@@ -88,7 +88,7 @@ pub(crate) fn open(context: &Context, path: &Path) -> Result<Chain, Failure> {
             let ancestors = children.iter().skip(1).map(|child| alone.open_path(child));
             let ancestors: Vec<Image> = ancestors.collect::<Result<_>>()?;
             let layers = image.layers().iter().chain(ancestors.iter().flat_map(Image::layers));
-            let links = links_of(layers, Some(Verdict::Wrong(error)));
+            let links = links_of(layers, Some(Verdict::Wrong(about_parents(global, error))));
             Ok(Chain { image, links })
         }
     }
