@@ -73,6 +73,8 @@ pub(crate) fn about_parents(global: &GlobalArgs, error: Error) -> Error {
 #[derive(Debug)]
 pub(crate) struct Disk {
     pub(crate) device: Arc<dyn BlockDevice>,
+    /// The same disk, when it is an image.
+    pub(crate) image: Option<Arc<Image>>,
     /// The name of each layer's file, safe to print.
     pub(crate) layer_names: Vec<String>,
 }
@@ -110,9 +112,9 @@ pub(crate) fn open_disk(context: &Context, request: DiskRequest<'_>) -> Result<D
     match format {
         Format::Raw => open_raw(context, request.path, request.raw_sector),
         Format::Vhdx => {
-            let image = open_image(context, request.path)?;
+            let image = Arc::new(open_image(context, request.path)?);
             let layer_names = image.layers().iter().map(layer_name).collect();
-            Ok(Disk { device: Arc::new(image), layer_names })
+            Ok(Disk { device: Arc::clone(&image) as Arc<dyn BlockDevice>, image: Some(image), layer_names })
         }
     }
 }
@@ -163,7 +165,7 @@ fn open_raw(context: &Context, path: &Path, sector: u32) -> Result<Disk, Failure
     }
     let size = disk.size();
     let device = NamedRawDisk { disk, path: path.to_owned(), size };
-    Ok(Disk { device: Arc::new(device), layer_names: vec![show::file_name(path)] })
+    Ok(Disk { device: Arc::new(device), image: None, layer_names: vec![show::file_name(path)] })
 }
 
 /// A raw disk that names its file in errors, as an image does.

@@ -176,7 +176,20 @@ fn check_sends_nobody_to_check() {
 #[test]
 fn a_map_that_fails_at_once_prints_nothing() {
     let scratch = Scratch::new();
-    scratch.chain();
-    let run = scratch.run(&["map", "child.vhdx", "--no-parents"]).expect(6);
+    scratch.run(&["create", "disk.vhdx", "--size", "64M"]).expect(0);
+    let mut file = std::fs::read(scratch.path().join("disk.vhdx")).expect("reads");
+    file[3 << 20] = 4; // the first entry of the BAT: a state that there is not
+    scratch.write("disk.vhdx", &file);
+    let run = scratch.run(&["map", "disk.vhdx"]).expect(4);
     assert_eq!(run.out, "", "{}", run.err);
+}
+
+#[test]
+fn a_map_without_parents_is_that_of_the_image_alone() {
+    let scratch = Scratch::new();
+    scratch.chain();
+    let json = scratch.run(&["map", "child.vhdx", "--no-parents"]).expect(0).json();
+    let extents = json.as_array().expect("an array");
+    assert!(extents.iter().all(|extent| extent["depth"] == 0), "{extents:?}");
+    assert!(extents.iter().any(|extent| extent["present"] == false), "{extents:?}");
 }

@@ -4,9 +4,11 @@ use std::borrow::Cow;
 use std::fmt::Write as _;
 
 /// True for characters that can change what a terminal or a reader sees: controls, line and paragraph separators,
-/// bidirectional overrides, and characters without a width of their own.
+/// bidirectional overrides, characters without a width of their own, and what Unicode says is no character.
 const fn is_unsafe_to_print(c: char) -> bool {
-    matches!(c,
+    (c as u32) & 0xfffe == 0xfffe
+        || matches!(c, '\u{fdd0}'..='\u{fdef}')
+        || matches!(c,
         '\u{0}'..='\u{1f}' | '\u{7f}'..='\u{9f}' | '\u{ad}' | '\u{61c}' | '\u{180e}'
         | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
         | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
@@ -57,6 +59,7 @@ mod tests {
     #[test]
     fn controls_and_overrides_are_escaped() {
         assert_eq!(escape("a\u{1b}[2Jb\u{9b}\u{202e}"), "a\\u{1b}[2Jb\\u{9b}\\u{202e}");
+        assert_eq!(escape("\u{ffff}\u{1fffe}\u{fdd0}"), "\\u{ffff}\\u{1fffe}\\u{fdd0}");
     }
 
     #[test]

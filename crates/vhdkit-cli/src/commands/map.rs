@@ -54,13 +54,13 @@ pub(crate) fn run(context: &Context, args: &MapArgs) -> Result<Answer, Failure> 
 fn print_json(disk: &Disk) -> Result<(), Failure> {
     let out = BufWriter::with_capacity(1 << 16, io::stdout().lock());
     let mut writer = json::Writer::new(out);
-    visit_joined(disk.device.as_ref(), &mut |extent| Ok(writer.extent(extent, disk.layer_name(extent.layer))?))?;
+    visit_joined(disk, &mut |extent| Ok(writer.extent(extent, disk.layer_name(extent.layer))?))?;
     Ok(writer.end()?)
 }
 
 fn fill_grid(context: &Context, disk: &Disk, cells_max: u64) -> Result<Grid, Failure> {
     let mut grid = Grid::new(disk.device.size(), cells_max);
-    visit_joined(disk.device.as_ref(), &mut |extent| {
+    visit_joined(disk, &mut |extent| {
         grid.add(extent);
         if context.interrupt.is_set() {
             return Err(Error::new(ErrorKind::Cancelled, "stopped by a signal").into());

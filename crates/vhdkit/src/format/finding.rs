@@ -220,6 +220,8 @@ codes! {
     LogicalSectorSize = "logical-sector-size", "V-101", Corrupt, Error Error Error;
     /// The physical sector size is neither 512 nor 4096.
     PhysicalSectorSize = "physical-sector-size", "V-102", Corrupt, Error Error Error;
+    /// The physical sector is smaller than the logical one, which no disk has.
+    SectorSizes = "sector-sizes", "V-102", Corrupt, Note Warning Warning;
     /// The virtual disk ID item has a wrong length.
     DiskIdLength = "disk-id-length", "V-103", Corrupt, Error Error Error;
     /// A known metadata item carries other flags than the format gives it.

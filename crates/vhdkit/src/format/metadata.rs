@@ -469,6 +469,10 @@ fn decode_items(
     let (block_size, flags) = reader.file_parameters(findings)?;
     let logical_sector_size = reader.sector_size(LOGICAL_SECTOR_SIZE, Code::LogicalSectorSize, findings)?;
     let physical_sector_size = reader.sector_size(PHYSICAL_SECTOR_SIZE, Code::PhysicalSectorSize, findings)?;
+    if physical_sector_size < logical_sector_size {
+        let detail = format!("is {physical_sector_size}, less than the logical sector size {logical_sector_size}");
+        findings.report(Code::SectorSizes, reader.place_of(PHYSICAL_SECTOR_SIZE), detail)?;
+    }
     let disk_size = reader.disk_size(logical_sector_size, findings)?;
     let disk_id = Guid::from_stored(reader.exact(VIRTUAL_DISK_ID, Code::DiskIdLength, findings)?);
     let has_parent = flags & HAS_PARENT != 0;

@@ -110,6 +110,8 @@ struct Search {
     candidates: Vec<ParentCandidate>,
     looked: Vec<String>,
     denied: Vec<String>,
+    /// A place that the child names is a path of this machine, but not in an allowed directory.
+    outside: bool,
     obstacle: Option<Error>,
 }
 
@@ -179,7 +181,10 @@ impl FileResolver {
         let inside = allowed.iter().find_map(|base| path.strip_prefix(base).ok().map(|rest| (base, rest)));
         match inside {
             Some((base, rest)) => self.try_open(base, rest, search),
-            None => search.denied.push(format!("\"{}\"", escape(&path.to_string_lossy()))),
+            None => {
+                search.outside = true;
+                search.denied.push(format!("\"{}\"", escape(&path.to_string_lossy())));
+            }
         }
     }
 
@@ -232,8 +237,12 @@ impl Search {
         if let Some(obstacle) = self.obstacle {
             return obstacle;
         }
-        if self.looked.is_empty() && !self.denied.is_empty() {
-            let what = format!("the parent would be outside of the allowed directories: {}", self.denied.join(", "));
+        if self.outside || (self.looked.is_empty() && !self.denied.is_empty()) {
+            let mut what =
+                format!("the parent would be outside of the allowed directories: {}", self.denied.join(", "));
+            if !self.looked.is_empty() {
+                what.push_str(&format!("; inside of them it is not at {}", self.looked.join(", ")));
+            }
             return Error::new(ErrorKind::ParentDenied, what)
                 .with_hint("allow its directory with --parent-dir DIR, or name the file with --parent FILE");
         }

@@ -163,7 +163,14 @@ impl Scan<'_, '_, '_> {
                 continue;
             }
             match judge(index, entry, self.rules()) {
-                Err(finding) => self.findings.take(finding)?,
+                Err(finding) => {
+                    // What the entry claims is not leaked, whoever else claims it.
+                    if let Some(range) = self.rules().owned_range(BatSlot::Payload(BlockIndex(block)), entry) {
+                        self.marks.mark(range.start, range.end.min(self.rules().file_size));
+                    }
+                    self.previous_end = None;
+                    self.findings.take(finding)?;
+                }
                 Ok(finding) => {
                     let silent = finding.is_none();
                     if let Some(finding) = finding {
