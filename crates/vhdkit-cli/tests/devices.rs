@@ -70,6 +70,17 @@ fn a_device_that_is_source_and_target_is_named_as_such() {
 
 #[test]
 #[ignore = "needs root and loop devices, and VHDKIT_ROOT_TESTS=1"]
+fn a_file_is_not_written_over_through_its_own_loop_device() {
+    let scratch = Scratch::new();
+    let device = Device::new(&scratch, MIB);
+    let source = scratch.join("device.backing");
+    let source = source.to_str().unwrap();
+    scratch.run(&["convert", source, &device.path, "--force", "--from", "raw"]).expect(6);
+    assert!(std::fs::read(source).unwrap().iter().all(|byte| *byte == 0xaa));
+}
+
+#[test]
+#[ignore = "needs root and loop devices, and VHDKIT_ROOT_TESTS=1"]
 fn a_stream_that_is_too_long_for_the_device_says_so() {
     let scratch = Scratch::new();
     let device = Device::new(&scratch, 2 * MIB);

@@ -53,6 +53,18 @@ const COPY_BYTES_MAX: u64 = 1 << 30;
 const LEASE_ATTEMPTS: u32 = 5;
 const LEASE_PAUSE: Duration = Duration::from_millis(10);
 
+/// The file behind a loop device that shows all of it: the same bytes under another name.
+fn loop_file(device: u64) -> Option<StorageIdentity> {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let directory = PathBuf::from(format!("/sys/dev/block/{major}:{minor}/loop"));
+    if std::fs::read_to_string(directory.join("offset")).ok()?.trim() != "0" {
+        return None;
+    }
+    let file = std::fs::read_to_string(directory.join("backing_file")).ok()?;
+    let metadata = std::fs::metadata(file.trim_end_matches('\n')).ok()?;
+    Some(StorageIdentity { device: metadata.dev(), inode: metadata.ino() })
+}
+
 /// A regular file or a block device, opened or handed over. Offsets are the file's own.
 #[derive(Debug)]
 pub struct FileStorage {
@@ -144,7 +156,9 @@ impl FileStorage {
             let identity = match kind {
                 FileKind::Regular => StorageIdentity { device: metadata.dev(), inode: metadata.ino() },
                 // A device may have many names, each with its own inode; no file has the highest inode number.
-                FileKind::BlockDevice => StorageIdentity { device: metadata.rdev(), inode: u64::MAX },
+                FileKind::BlockDevice => {
+                    loop_file(metadata.rdev()).unwrap_or(StorageIdentity { device: metadata.rdev(), inode: u64::MAX })
+                }
             };
             Ok((file, kind, identity))
         };
