@@ -1,0 +1,100 @@
+//! Images that the command makes, read by programs that share no code with it: 7-Zip and libvhdi.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use vhdkit_testkit::foreign::{assert_success, run_tool, sha256_file, sha256_reader};
+use vhdkit_testkit::harness::{Case, Needs, main_with};
+use vhdkit_testkit::pattern;
+
+const MIB: u64 = 1 << 20;
+
+/// How an image is made: a name, the size of the disk, and the options. 7-Zip refuses a size in which the bit of the
+/// sector size is set, although it is a multiple of it; so the odd sizes here are multiples of 1024.
+const LAYOUTS: [(&str, u64, &[&str]); 5] = [
+    ("dynamic", 40 * MIB + 1024, &["--block-size", "1M"]),
+    ("dynamic_by_default", 40 * MIB, &[]),
+    ("fixed", 21 * MIB, &["--fixed"]),
+    ("sectors_of_4096", 40 * MIB, &["--logical-sector-size", "4096"]),
+    // More than one chunk: bitmap entries stand between the payload entries of the BAT.
+    ("over_a_chunk", (5 << 30) + 1024, &["--block-size", "8M"]),
+];
+
+fn vhdkit(arguments: &[&str], directory: &Path) {
+    let output = Command::new(env!("CARGO_BIN_EXE_vhdkit")).args(arguments).current_dir(directory).output().unwrap();
+    assert_success(&output);
+}
+
+/// A raw disk with data at both ends and at a few places between, and the image made of it.
+fn made(directory: &Path, size: u64, options: &[&str]) -> PathBuf {
+    let raw = File::create(directory.join("disk.raw")).unwrap();
+    raw.set_len(size).unwrap();
+    let mut bytes = vec![0; 64 << 10];
+    for place in [0, size / 3, size / 2, size - bytes.len() as u64] {
+        let place = place - place % 512;
+        pattern(7, place / 512, &mut bytes);
+        raw.write_all_at(&bytes, place).unwrap();
+    }
+    let mut arguments = vec!["convert", "--quiet", "disk.raw", "disk.vhdx"];
+    arguments.extend(options);
+    vhdkit(&arguments, directory);
+    directory.join("disk.vhdx")
+}
+
+/// What 7-Zip reads from an image has the hash of the raw disk.
+fn seven_zip(image: &Path, raw: &Path) {
+    let image = image.to_str().unwrap();
+    let output = Command::new("7z").args(["x", "-so", image]).stderr(std::process::Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "7z: {}", output.status);
+    assert_eq!(sha256_reader(&mut output.stdout.as_slice()).unwrap(), sha256_file(raw).unwrap());
+}
+
+/// A mount that ends with the test.
+struct Mount(PathBuf);
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+/// What libvhdi shows of an image has the hash of the raw disk.
+fn libvhdi(image: &Path, raw: &Path) {
+    let point = image.with_extension("mount");
+    std::fs::create_dir(&point).unwrap();
+    assert_success(&run_tool("vhdimount", &[image, &point]));
+    let mount = Mount(point);
+    assert_eq!(sha256_file(&mount.0.join("vhdi1")).unwrap(), sha256_file(raw).unwrap());
+}
+
+/// An empty child reads as its parent, and 7-Zip finds the way; it does not follow `..`, so both lie side by side.
+fn chain() {
+    let directory = tempfile::tempdir().unwrap();
+    made(directory.path(), 9 * MIB, &["--block-size", "1M"]);
+    vhdkit(&["create", "one.vhdx", "--parent", "disk.vhdx"], directory.path());
+    vhdkit(&["create", "two.avhdx", "--parent", "one.vhdx"], directory.path());
+    seven_zip(&directory.path().join("one.vhdx"), &directory.path().join("disk.raw"));
+    vhdkit(&["compare", "two.avhdx", "disk.raw"], directory.path());
+}
+
+fn main() {
+    let mut cases = vec![Case::new("7z_reads_a_chain", Needs::tools(&["7z"]), chain)];
+    for (name, size, options) in LAYOUTS {
+        // libvhdi misreads fixed images over one chunk; ours is below.
+        for (tool, needs, read) in [
+            ("7z", Needs::tools(&["7z"]), seven_zip as fn(&Path, &Path)),
+            ("libvhdi", Needs::tools(&["vhdimount", "umount"]).and_root(), libvhdi),
+        ] {
+            let run = move || {
+                let directory = tempfile::tempdir().unwrap();
+                let image = made(directory.path(), size, options);
+                read(&image, &directory.path().join("disk.raw"));
+            };
+            cases.push(Case::new(format!("{tool}_reads_{name}"), needs, run));
+        }
+    }
+    main_with(cases);
+}
