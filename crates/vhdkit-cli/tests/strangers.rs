@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use vhdkit_testkit::foreign::{assert_success, run_tool, sha256_file, sha256_reader};
 use vhdkit_testkit::harness::{Case, Needs, main_with};
@@ -47,9 +47,13 @@ fn made(directory: &Path, size: u64, options: &[&str]) -> PathBuf {
 /// What 7-Zip reads from an image has the hash of the raw disk.
 fn seven_zip(image: &Path, raw: &Path) {
     let image = image.to_str().unwrap();
-    let output = Command::new("7z").args(["x", "-so", image]).stderr(std::process::Stdio::null()).output().unwrap();
-    assert!(output.status.success(), "7z: {}", output.status);
-    assert_eq!(sha256_reader(&mut output.stdout.as_slice()).unwrap(), sha256_file(raw).unwrap());
+    let mut program = Command::new("7z");
+    program.args(["x", "-so", image]).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut running = program.spawn().unwrap();
+    let hash = sha256_reader(running.stdout.as_mut().unwrap()).unwrap();
+    let status = running.wait().unwrap();
+    assert!(status.success(), "7z: {status}");
+    assert_eq!(hash, sha256_file(raw).unwrap());
 }
 
 /// A mount that ends with the test.
