@@ -11,7 +11,7 @@
 //!   [`compare`](ops::compare), [`measure`](ops::measure), [`dump`](ops::dump).
 //! - [`storage::Storage`] is all that the library asks of the outside world; files, block devices, memory and overlays are
 //!   there, and you can bring your own.
-//! - [`format`] turns bytes into values and back, without any I/O, and holds the numbered rules.
+//! - [`mod@format`] turns bytes into values and back, without any I/O, and holds the numbered rules.
 //!
 //! ```
 //! use std::sync::Arc;

@@ -25,6 +25,8 @@ pub(crate) fn man(args: &ManArgs) -> Result<Answer, Failure> {
         io::stdout().lock().write_all(&page)?;
         return Ok(Answer::Yes);
     };
+    let made = std::fs::create_dir_all(directory);
+    made.map_err(|error| file_error(directory, "cannot make the directory for the manual pages", error))?;
     write_page(directory, "vhdkit.1", &render(&command)?)?;
     for subcommand in command.get_subcommands().filter(|subcommand| subcommand.get_name() != "help") {
         // The page is for `vhdkit-info`, and its usage says `vhdkit info`.
