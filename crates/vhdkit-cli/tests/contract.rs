@@ -419,7 +419,11 @@ fn completions_and_manual_pages_know_every_command() {
     assert_eq!(pages, expected);
     let convert = std::fs::read_to_string(scratch.join("man1/vhdkit-convert.1")).unwrap();
     assert!(convert.contains("vhdkit convert") && convert.contains("zero\\-scan"), "{convert}");
-    scratch.run(&["man", "no-such-directory"]).expect(5);
+    // A directory that is not there is made, unless a file is in its way.
+    scratch.run(&["man", "made/deep"]).expect(0);
+    assert!(scratch.join("made/deep/vhdkit.1").is_file());
+    scratch.write("file", b"in the way");
+    scratch.run(&["man", "file/man1"]).expect(5);
 }
 
 #[test]
