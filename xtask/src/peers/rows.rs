@@ -171,7 +171,12 @@ fn sparse_in(bench: &Bench) -> Outcome<Row> {
     sparse(&source)?;
     let contenders = into_vhdx(bench, &source, (CP_SPARSE, "--sparse=always"))?;
     let goals = vec![Goal::Ratio(CP_SPARSE, 1.2), Goal::Ratio(QEMU, 1.0 / 2.5), Goal::PeakMib(64)];
-    timed(bench, &contenders, "20 GiB that hold 500 MiB in runs of 64 KiB, raw to dynamic VHDX, in memory.", goals)
+    timed(
+        bench,
+        &contenders,
+        "20 GiB that hold 500 MiB in runs of 64 KiB, raw to dynamic VHDX, in memory. With few long runs qemu-img is faster: on 125 runs of 4 MiB, in one run on the same machine, vhdkit took 0.61 of its time (0.235 s and 0.387 s), which misses this goal.",
+        goals,
+    )
 }
 
 fn sparse_out(bench: &Bench) -> Outcome<Row> {
@@ -179,8 +184,12 @@ fn sparse_out(bench: &Bench) -> Outcome<Row> {
     sparse(&raw)?;
     let contenders = into_raw(bench, &raw, (CP_SPARSE, "--sparse=always"))?;
     let goals = vec![Goal::Ratio(CP_SPARSE, 1.1), Goal::Ratio(QEMU, 1.0 / 6.0), Goal::PeakMib(64)];
-    let row =
-        timed(bench, &contenders, "20 GiB that hold 500 MiB in runs of 64 KiB, dynamic VHDX to raw, in memory.", goals);
+    let row = timed(
+        bench,
+        &contenders,
+        "20 GiB that hold 500 MiB in runs of 64 KiB, dynamic VHDX to raw, in memory. With few long runs qemu-img is faster: on 125 runs of 4 MiB, in one run on the same machine, vhdkit took 0.20 of its time (0.228 s and 1.140 s), which misses this goal.",
+        goals,
+    );
     remove(&bench.memory.join("source.vhdx"))?;
     row
 }
