@@ -1,4 +1,4 @@
-//! A log full of zero descriptors must not take more memory than the log has bytes.
+//! What a log full of zero descriptors takes in memory is bounded by the length of the log, and by a few MiB for a short one.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code")]
 
 use std::sync::Arc;

@@ -1,5 +1,6 @@
 //! Buffers that begin on a page: the kernel copies to and from them at full speed, which it does not where source and
-//! target are shifted against each other (measured: 40 % less time for a conversion in memory).
+//! target are shifted against each other (seen once, on one processor: 0.67 s of system time
+//! instead of 0.98 s for 1 GiB in memory).
 
 use crate::ops::segments::PAGE_BYTES;
 
