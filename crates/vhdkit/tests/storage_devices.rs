@@ -14,7 +14,7 @@
 )]
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -39,10 +39,10 @@ fn run(program: &str, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
-/// A loop device over a file of its own.
+/// A loop device over a file, mostly of its own.
 struct LoopDevice {
     path: String,
-    backing: tempfile::NamedTempFile,
+    backing: Option<tempfile::NamedTempFile>,
 }
 
 impl LoopDevice {
@@ -51,7 +51,12 @@ impl LoopDevice {
         backing.as_file().set_len(bytes).unwrap();
         let sector = sector.to_string();
         let path = run("losetup", &["--find", "--show", "--sector-size", &sector, backing.path().to_str().unwrap()]);
-        Self { path, backing }
+        Self { path, backing: Some(backing) }
+    }
+
+    /// Over a file that belongs to somebody else.
+    fn over(backing: &Path) -> Self {
+        Self { path: run("losetup", &["--find", "--show", backing.to_str().unwrap()]), backing: None }
     }
 
     fn path(&self) -> &Path {
@@ -122,7 +127,7 @@ fn block_devices_pass() {
         storage.write_at(b"on the medium", 4097).unwrap();
         storage.sync().unwrap();
         drop(storage);
-        let bytes = std::fs::read(device.backing.path()).unwrap();
+        let bytes = std::fs::read(device.backing.as_ref().unwrap().path()).unwrap();
         assert_eq!(&bytes[4097..4110], b"on the medium");
         assert_eq!(bytes.iter().filter(|&&byte| byte != 0).count(), 13);
     }
@@ -233,16 +238,8 @@ fn file_systems_that_can_do_less_pass() {
 #[ignore = "needs root and loop devices, and VHDKIT_ROOT_TESTS=1"]
 fn layers_as_containers_use_them_pass() {
     let _alone = need_root_tests();
-    let layers = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let options: Vec<String> = [("lowerdir", "lower"), ("upperdir", "upper"), ("workdir", "work")]
-        .map(|(option, name)| {
-            let directory = layers.path().join(name);
-            std::fs::create_dir(&directory).unwrap();
-            format!("{option}={}", directory.display())
-        })
-        .into();
-    std::fs::write(layers.path().join("lower/old"), "below").unwrap();
-    let mount = Mount::without_device("overlay", &options.join(","));
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let Layers { mount, lower } = Layers::new(directory.path());
     storage_suite::run(|| mount.file());
     let path = mount.directory.path().join("old");
     let options = NewFileOptions { replace: true, ..NewFileOptions::default() };
@@ -250,7 +247,60 @@ fn layers_as_containers_use_them_pass() {
     new.storage().write_at(b"above", 0).unwrap();
     new.commit(true).unwrap();
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "above");
-    assert_eq!(std::fs::read_to_string(layers.path().join("lower/old")).unwrap(), "below");
+    assert_eq!(std::fs::read_to_string(lower.join("old")).unwrap(), "below");
     std::fs::remove_file(&path).unwrap();
     new_files_work(mount.directory.path());
+}
+
+/// Punches a hole into a device over a file in the directory. When that is not possible, the kernel finds out after it
+/// dropped the range from its cache, with everything that was not synced. Tells whether the range became zero.
+fn punching_loses_nothing(directory: &Path) -> bool {
+    let backing = directory.join("device.img");
+    std::fs::File::create(&backing).unwrap().set_len(storage_suite::FIXED_BYTES_MIN).unwrap();
+    let device = LoopDevice::over(&backing);
+    let storage = FileStorage::open(device.path(), FileAccess::Write, Sharing::Normal).unwrap();
+    storage.write_at(&[1; 1 << 20], 0).unwrap();
+    storage.sync().unwrap();
+    storage.write_at(&[2; 1 << 20], 0).unwrap();
+    let hole = 4096..65_536 + 512_usize;
+    let punched = storage.punch_hole(hole.start as u64..hole.end as u64).unwrap();
+    let wanted = if punched { 0 } else { 2 };
+    let mut bytes = vec![0xEE; 1 << 20];
+    storage.read_at(&mut bytes, 0).unwrap();
+    assert!(bytes[hole.clone()].iter().all(|&byte| byte == wanted), "{:?}, not {wanted}", &bytes[4096..4100]);
+    assert!(bytes[..hole.start].iter().chain(&bytes[hole.end..]).all(|&byte| byte == 2), "the rest");
+    punched
+}
+
+/// Layers as containers use them, in a directory; there is a file `old` in the lower one.
+struct Layers {
+    mount: Mount,
+    lower: PathBuf,
+}
+
+impl Layers {
+    fn new(directory: &Path) -> Self {
+        let options: Vec<String> = [("lowerdir", "lower"), ("upperdir", "upper"), ("workdir", "work")]
+            .map(|(option, name)| {
+                let directory = directory.join(name);
+                std::fs::create_dir(&directory).unwrap();
+                format!("{option}={}", directory.display())
+            })
+            .into();
+        let lower = directory.join("lower");
+        std::fs::write(lower.join("old"), "below").unwrap();
+        Self { mount: Mount::without_device("overlay", &options.join(",")), lower }
+    }
+}
+
+#[test]
+#[ignore = "needs root and loop devices, and VHDKIT_ROOT_TESTS=1"]
+fn a_device_that_cannot_punch_loses_nothing() {
+    let _alone = need_root_tests();
+    let ramfs = Mount::without_device("ramfs", "mode=755");
+    // It says so beforehand, as the file below has no fallocate.
+    assert!(!punching_loses_nothing(ramfs.directory.path()), "what is known beforehand costs no writing");
+    // It finds out when it is asked to: layers have fallocate, but what is below them has none.
+    let layers = Layers::new(ramfs.directory.path());
+    assert!(punching_loses_nothing(layers.mount.directory.path()));
 }

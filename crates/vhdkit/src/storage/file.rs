@@ -65,6 +65,16 @@ fn loop_file(device: u64) -> Option<StorageIdentity> {
     Some(StorageIdentity { device: metadata.dev(), inode: metadata.ino() })
 }
 
+/// Whether a block device can zero a range by itself, when that can be told.
+fn writes_zeroes(device: u64) -> Option<bool> {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let directory = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    // A partition has no queue of its own; the directory above it is its disk's.
+    let read = |queue: &str| std::fs::read_to_string(directory.join(queue).join("write_zeroes_max_bytes")).ok();
+    let bytes = read("queue").or_else(|| read("../queue"))?;
+    Some(bytes.trim() != "0")
+}
+
 /// A regular file or a block device, opened or handed over. Offsets are the file's own.
 #[derive(Debug)]
 pub struct FileStorage {
@@ -234,6 +244,25 @@ impl FileStorage {
         super::write_zeros(self, inner.end..range.end)
     }
 
+    /// Punches a hole into a block device, see [`Storage::punch_hole`].
+    fn punch_device_hole(&self, range: Range<u64>) -> io::Result<bool> {
+        let Some(inner) = aligned_part(&range) else { return Ok(false) };
+        let device = rustix::fs::fstat(&self.file)?.st_rdev;
+        if writes_zeroes(device) == Some(false) {
+            return Ok(false);
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if !self.fallocate(flags, &inner)? {
+            // The kernel asks the device only after dropping the range from its cache, and with it whatever was not
+            // synced: what the range holds is unknown now. The space cannot be given back, but the content be kept to.
+            super::write_zeros(self, range)?;
+            return Ok(true);
+        }
+        super::write_zeros(self, range.start..inner.start)?;
+        super::write_zeros(self, inner.end..range.end)?;
+        Ok(true)
+    }
+
     /// Where the next data, or the next hole, begins; `None` at the end, `Err(INVAL)` where that cannot be told.
     fn seek(&self, position: SeekFrom) -> Result<Option<u64>, Errno> {
         match rustix::fs::seek(&self.file, position) {
@@ -289,27 +318,22 @@ impl Storage for FileStorage {
     }
 
     fn punch_hole(&self, range: Range<u64>) -> io::Result<bool> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let clipped = range.start..range.end.min(self.len()?);
-        if clipped.is_empty() {
-            return Ok(true);
-        }
-        if self.kind == FileKind::Regular {
-            return self.fallocate(flags, &clipped);
-        }
-        match aligned_part(&clipped) {
-            Some(inner) if self.fallocate(flags, &inner)? => {
-                super::write_zeros(self, clipped.start..inner.start)?;
-                super::write_zeros(self, inner.end..clipped.end)?;
-                Ok(true)
-            }
-            _ => Ok(false),
+        match self.kind {
+            _ if clipped.is_empty() => Ok(true),
+            FileKind::Regular => self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, &clipped),
+            FileKind::BlockDevice => self.punch_device_hole(clipped),
         }
     }
 
     fn allocate(&self, range: Range<u64>) -> io::Result<bool> {
         if range.is_empty() {
             return Ok(true);
+        }
+        if self.kind == FileKind::BlockDevice {
+            // Nor is it asked: kernels before 6.7 drop the range from their cache, with what was not synced, before
+            // they refuse.
+            return Ok(false);
         }
         check_position(range.end)?;
         self.fallocate(FallocateFlags::empty(), &range)
