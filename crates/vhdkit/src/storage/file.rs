@@ -5,13 +5,15 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::lock::{self, LockMode, LockReport};
-use super::{Storage, StorageIdentity, sys};
+use super::{FileSystem, Storage, StorageIdentity, reopen, sys};
 use crate::error::{Error, ErrorKind, Result};
 
 /// What a file is opened for.
@@ -83,6 +85,15 @@ pub struct FileStorage {
     kind: FileKind,
     identity: StorageIdentity,
     lock: LockReport,
+    sharing: Sharing,
+    /// Whether `file` itself was opened for writing.
+    file_writes: bool,
+    /// The same file opened once more, for writing. It stays open when writing ends: requests may be using it.
+    writer: OnceLock<File>,
+    /// Whether writes are let through at this moment.
+    writing: AtomicBool,
+    /// Held while that changes.
+    change: Mutex<()>,
 }
 
 impl FileStorage {
@@ -105,8 +116,7 @@ impl FileStorage {
     /// does not go together; otherwise what the operating system says.
     pub fn open(path: &Path, access: FileAccess, sharing: Sharing) -> Result<Self> {
         if sharing == Sharing::ForceShare && access == FileAccess::Write {
-            let error = Error::new(ErrorKind::InvalidArgument, "a file cannot be written while others may write it");
-            return Err(error.with_hint("open it for reading, or without forced sharing").with_path(path));
+            return Err(written_by_others().with_path(path));
         }
         let mode = match access {
             FileAccess::Read => LockMode::Read,
@@ -115,6 +125,7 @@ impl FileStorage {
         let open = || {
             check_type(&std::fs::metadata(path).map_err(|error| open_error(error, access))?)?;
             let mut storage = Self::from_file(open_without_waiting(path, access)?, Some(path.to_owned()))?;
+            storage.sharing = sharing;
             if sharing == Sharing::Normal {
                 storage.lock = lock::acquire(&storage.file, mode)?;
             }
@@ -155,30 +166,49 @@ impl FileStorage {
         open().map_err(|error: Error| error.with_path(path))
     }
 
-    /// Takes over an open file, without locking it. The path is for messages alone.
+    /// Takes over an open file, without locking it. The path is for messages, and for opening the file for writing
+    /// later where that cannot be done without.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] when it is neither regular file nor block device.
+    /// [`ErrorKind::InvalidArgument`] when it is neither regular file nor block device, and when it was opened for
+    /// appending.
     pub fn from_file(file: File, path: Option<PathBuf>) -> Result<Self> {
-        let build = |file: File| {
-            let metadata = file.metadata().map_err(|error| Error::io("cannot tell what kind of file it is", error))?;
-            let kind = check_type(&metadata)?;
-            let identity = match kind {
-                FileKind::Regular => StorageIdentity { device: metadata.dev(), inode: metadata.ino() },
-                // A device may have many names, each with its own inode; no file has the highest inode number.
-                FileKind::BlockDevice => {
-                    loop_file(metadata.rdev()).unwrap_or(StorageIdentity { device: metadata.rdev(), inode: u64::MAX })
-                }
-            };
-            Ok((file, kind, identity))
-        };
-        match build(file) {
-            Ok((file, kind, identity)) => Ok(Self { file, path, kind, identity, lock: LockReport::not_asked() }),
-            Err(error) => Err(match path {
-                Some(path) => Error::with_path(error, path),
-                None => error,
-            }),
+        Self::take_over(file, path.clone()).map_err(|error| match path {
+            Some(path) => error.with_path(path),
+            None => error,
+        })
+    }
+
+    fn take_over(file: File, path: Option<PathBuf>) -> Result<Self> {
+        let metadata = file.metadata().map_err(|error| Error::io("cannot tell what kind of file it is", error))?;
+        let kind = check_type(&metadata)?;
+        let flags = rustix::fs::fcntl_getfl(&file);
+        let flags = flags.map_err(|error| Error::io("cannot tell what it is open for", error.into()))?;
+        let file_writes = flags & OFlags::RWMODE != OFlags::RDONLY;
+        if file_writes && flags.contains(OFlags::APPEND) {
+            // The kernel puts whatever is written at the end then, wherever it belongs.
+            let error = Error::new(ErrorKind::InvalidArgument, "is open for appending, where nothing else can be done");
+            return Err(error.with_hint("open it for reading and writing (in a shell with <>, not with >>)"));
         }
+        let identity = match kind {
+            FileKind::Regular => StorageIdentity { device: metadata.dev(), inode: metadata.ino() },
+            // A device may have many names, each with its own inode; no file has the highest inode number.
+            FileKind::BlockDevice => {
+                loop_file(metadata.rdev()).unwrap_or(StorageIdentity { device: metadata.rdev(), inode: u64::MAX })
+            }
+        };
+        Ok(Self {
+            file,
+            path,
+            kind,
+            identity,
+            lock: LockReport::not_asked(),
+            sharing: Sharing::Normal,
+            file_writes,
+            writer: OnceLock::new(),
+            writing: AtomicBool::new(file_writes),
+            change: Mutex::new(()),
+        })
     }
 
     /// Locks a file that was taken over.
@@ -205,10 +235,55 @@ impl FileStorage {
         &self.lock
     }
 
+    /// What the file lies on.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn file_system(&self) -> io::Result<FileSystem> {
+        FileSystem::of(&self.file)
+    }
+
+    /// The file opened for writing, whether writes are let through or not.
+    #[inline]
+    fn written_file(&self) -> &File {
+        if self.file_writes { &self.file } else { self.writer.get().unwrap_or(&self.file) }
+    }
+
+    /// Where to write, if that is what the storage is for at this moment.
+    #[inline]
+    fn target(&self) -> io::Result<&File> {
+        if self.writing.load(Ordering::Acquire) { Ok(self.written_file()) } else { Err(for_reading()) }
+    }
+
+    /// From reading to writing. What fails leaves everything as it was.
+    fn begin_writing(&self) -> Result<()> {
+        if self.writing.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if self.sharing == Sharing::ForceShare {
+            return Err(written_by_others());
+        }
+        let has_writer = self.file_writes || self.writer.get().is_some();
+        let writer = if has_writer { None } else { Some(reopen::for_writing(&self.file, self.path())?) };
+        lock::raise(&self.file, self.lock.how)?;
+        if let Some(writer) = writer {
+            let _ = self.writer.set(writer); // it is empty, and nobody else changes anything now
+        }
+        self.writing.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// From writing to reading.
+    fn end_writing(&self) -> Result<()> {
+        self.writing.store(false, Ordering::Release);
+        lock::lower(&self.file, self.lock.how)
+    }
+
     /// Runs fallocate on a range. `Ok(false)` where there is none of that kind.
     fn fallocate(&self, flags: FallocateFlags, range: &Range<u64>) -> io::Result<bool> {
         let length = range.end.saturating_sub(range.start);
-        match rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, range.start, length)) {
+        let target = self.target()?;
+        match rustix::io::retry_on_intr(|| rustix::fs::fallocate(target, flags, range.start, length)) {
             Ok(()) => Ok(true),
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL) => Ok(false),
             Err(error) => Err(error.into()),
@@ -226,7 +301,7 @@ impl FileStorage {
         }
         if self.len()? < range.end {
             // Not by setting the length: that would cut off what somebody else appends at this moment.
-            self.file.write_all_at(&[0], range.end - 1)?; // range.end > 0: the length is less
+            self.target()?.write_all_at(&[0], range.end - 1)?; // range.end > 0: the length is less
         }
         Ok(())
     }
@@ -246,6 +321,7 @@ impl FileStorage {
 
     /// Punches a hole into a block device, see [`Storage::punch_hole`].
     fn punch_device_hole(&self, range: Range<u64>) -> io::Result<bool> {
+        self.target()?;
         let Some(inner) = aligned_part(&range) else { return Ok(false) };
         let device = rustix::fs::fstat(&self.file)?.st_rdev;
         if writes_zeroes(device) == Some(false) {
@@ -288,13 +364,13 @@ impl Storage for FileStorage {
 
     #[inline]
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        if buf.is_empty() { Ok(()) } else { self.file.write_all_at(buf, offset) }
+        if buf.is_empty() { Ok(()) } else { self.target()?.write_all_at(buf, offset) }
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         match self.kind {
-            FileKind::Regular => self.file.set_len(len),
-            FileKind::BlockDevice if len <= self.len()? => Ok(()),
+            FileKind::Regular => self.target()?.set_len(len),
+            FileKind::BlockDevice if len <= self.len()? => self.target().map(|_| ()),
             FileKind::BlockDevice => {
                 Err(io::Error::new(io::ErrorKind::InvalidInput, "the block device is too small for that"))
             }
@@ -302,7 +378,7 @@ impl Storage for FileStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data() // includes the length, and whatever else is needed to read the data again
+        self.written_file().sync_data() // includes the length, and whatever else is needed to read the data again
     }
 
     fn growth_reads_zero(&self) -> bool {
@@ -330,6 +406,7 @@ impl Storage for FileStorage {
         if range.is_empty() {
             return Ok(true);
         }
+        self.target()?;
         if self.kind == FileKind::BlockDevice {
             // Nor is it asked: kernels before 6.7 drop the range from their cache, with what was not synced, before
             // they refuse.
@@ -378,8 +455,9 @@ impl Storage for FileStorage {
         if length == 0 {
             return Ok(true); // to the kernel it would mean everything up to the end
         }
+        let target = self.target()?;
         let Some(source) = source.as_file() else { return Ok(false) };
-        match sys::clone_range(source, source_offset, &self.file, offset, length) {
+        match sys::clone_range(source, source_offset, target, offset, length) {
             Ok(()) => Ok(true),
             Err(error) => match error.raw_os_error().map(Errno::from_raw_os_error) {
                 Some(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => Ok(false),
@@ -389,11 +467,15 @@ impl Storage for FileStorage {
     }
 
     fn copy_range(&self, source: &dyn Storage, source_offset: u64, offset: u64, length: u64) -> io::Result<u64> {
+        if length == 0 {
+            return Ok(0);
+        }
+        let target = self.target()?;
         let Some(source) = source.as_file() else { return Ok(0) };
         let (mut from, mut to, mut copied) = (source_offset, offset, 0_u64);
         while copied < length {
             let piece = usize::try_from((length - copied).min(COPY_BYTES_MAX)).unwrap_or(usize::MAX);
-            match rustix::fs::copy_file_range(source, Some(&mut from), &self.file, Some(&mut to), piece) {
+            match rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), piece) {
                 Ok(0) => break, // the end of the source
                 Ok(count) => copied += count as u64,
                 Err(Errno::INTR) => {}
@@ -406,6 +488,15 @@ impl Storage for FileStorage {
 
     fn as_file(&self) -> Option<&File> {
         Some(&self.file)
+    }
+
+    fn set_access(&self, write: bool) -> Result<()> {
+        let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner); // it guards no data
+        let outcome = if write { self.begin_writing() } else { self.end_writing() };
+        outcome.map_err(|error| match &self.path {
+            Some(path) => error.with_path(path),
+            None => error,
+        })
     }
 
     fn identity(&self) -> Option<StorageIdentity> {
@@ -428,6 +519,18 @@ fn aligned_part(range: &Range<u64>) -> Option<Range<u64>> {
     (!inner.is_empty()).then_some(inner)
 }
 
+/// The error of a write to storage that is for reading at this moment.
+#[cold]
+fn for_reading() -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, "the file is open for reading alone")
+}
+
+/// The error of writing a file that others may be writing too.
+fn written_by_others() -> Error {
+    let error = Error::new(ErrorKind::InvalidArgument, "a file cannot be written while others may write it");
+    error.with_hint("open it for reading, or without forced sharing")
+}
+
 /// Makes reading where no file reaches the end of file that it is; the kernel calls it an invalid argument.
 #[cold]
 fn read_error(error: io::Error, offset: u64, length: usize) -> io::Error {
@@ -439,7 +542,7 @@ fn read_error(error: io::Error, offset: u64, length: usize) -> io::Error {
 }
 
 /// Opens without waiting for anything: a lease that somebody holds, a drive without a medium.
-fn open_without_waiting(path: &Path, access: FileAccess) -> Result<File> {
+pub(super) fn open_without_waiting(path: &Path, access: FileAccess) -> Result<File> {
     let mut attempt = 1;
     loop {
         match open_with(path, access, OFlags::NONBLOCK) {

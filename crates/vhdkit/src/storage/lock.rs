@@ -144,6 +144,72 @@ pub(super) fn locked(message: &str, mode: LockMode) -> Error {
     })
 }
 
+/// Raises the locks of a live open file from a reader's to a writer's.
+///
+/// # Errors
+/// [`ErrorKind::Locked`] when somebody else uses it in a way that does not go together; the reader's locks are held
+/// then as before.
+pub(super) fn raise(file: &File, how: LockKind) -> Result<()> {
+    match how {
+        LockKind::Ofd => raise_ofd(file).map_err(|refusal| refusal.into_error(LockMode::Write)),
+        LockKind::Flock => raise_flock(file),
+        LockKind::None => Ok(()),
+    }
+}
+
+fn raise_ofd(file: &File) -> Result<(), Refusal> {
+    // First without taking anything: others must not be kept out, not even for a moment, by an attempt without hope.
+    test(file, LockMode::Write)?;
+    let outcome = acquire_ofd_or_leave_some(file, LockMode::Write);
+    if outcome.is_err() {
+        let _ = lower_ofd(file); // the refusal is what matters
+    }
+    outcome
+}
+
+fn raise_flock(file: &File) -> Result<()> {
+    let Err(refusal) = rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) else { return Ok(()) };
+    // The kernel gave the shared lock up before it looked whether it can grant the exclusive one.
+    lower_flock(file)?;
+    match refusal {
+        Errno::WOULDBLOCK => Err(locked("another program holds a lock on it", LockMode::Write)),
+        error => Err(Error::io("cannot lock it for writing", error.into())
+            .with_hint("open it for writing in the first place; some file systems want that")),
+    }
+}
+
+/// Lowers the locks of a live open file from a writer's to a reader's.
+///
+/// # Errors
+/// The operating system's; [`ErrorKind::Locked`] when somebody got in between, which can be only where the locks are
+/// not QEMU's.
+pub(super) fn lower(file: &File, how: LockKind) -> Result<()> {
+    match how {
+        LockKind::Ofd => lower_ofd(file).map_err(|error| Error::io("cannot release the writer's locks", error)),
+        LockKind::Flock => lower_flock(file),
+        LockKind::None => Ok(()),
+    }
+}
+
+fn lower_ofd(file: &File) -> io::Result<()> {
+    let ((held, _), (kept, _)) = (bytes(LockMode::Write), bytes(LockMode::Read));
+    let mut outcome = Ok(());
+    for &byte in held.iter().filter(|byte| !kept.contains(byte)) {
+        outcome = outcome.and(sys::unlock(file, byte, 1));
+    }
+    outcome
+}
+
+fn lower_flock(file: &File) -> Result<()> {
+    match rustix::fs::flock(file, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) => {
+            Err(locked("another program has locked it meanwhile, it may be changing", LockMode::Read))
+        }
+        Err(error) => Err(Error::io("cannot lock it for reading", error.into())),
+    }
+}
+
 /// Takes the locks of a mode, then looks whether they go together with everybody else's.
 fn acquire_ofd(file: &File, mode: LockMode) -> Result<(), Refusal> {
     let (held, _) = bytes(mode);
@@ -159,11 +225,17 @@ fn acquire_ofd(file: &File, mode: LockMode) -> Result<(), Refusal> {
 
 /// As [`acquire_ofd`], but keeps what it got when it fails.
 fn acquire_ofd_or_leave_some(file: &File, mode: LockMode) -> Result<(), Refusal> {
-    let (held, tested) = bytes(mode);
+    let (held, _) = bytes(mode);
     for &byte in held {
         sys::lock_shared(file, byte, 1).map_err(Refusal::from_io)?;
     }
     // Only after all are held: of two that come at the same moment, the later one to test sees the other.
+    test(file, mode)
+}
+
+/// Looks whether a mode goes together with everybody else's locks.
+fn test(file: &File, mode: LockMode) -> Result<(), Refusal> {
+    let (_, tested) = bytes(mode);
     for &byte in tested {
         if sys::is_locked_elsewhere(file, byte, 1).map_err(Refusal::from_io)? {
             return Err(if byte < NOT_SHARED { Refusal::Written } else { Refusal::Forbidden });
@@ -249,6 +321,73 @@ mod tests {
         let reader = named.reopen().unwrap();
         assert_eq!(acquire(&reader, LockMode::Read).unwrap_err().kind(), ErrorKind::Locked);
         assert!(!sys::is_locked_elsewhere(&writer, 0, 0).unwrap());
+    }
+
+    /// The bytes that `file`'s description holds, as another one sees them.
+    fn held(other: &File) -> Vec<u64> {
+        (0..1000).filter(|&byte| sys::is_locked_elsewhere(other, byte, 1).unwrap()).collect()
+    }
+
+    #[test]
+    fn raising_and_lowering_end_where_locking_outright_does() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let (file, other) = (named.reopen().unwrap(), named.reopen().unwrap());
+        acquire(&file, LockMode::Read).unwrap();
+        assert_eq!(held(&other), bytes(LockMode::Read).0);
+        raise(&file, LockKind::Ofd).unwrap();
+        assert_eq!(held(&other), bytes(LockMode::Write).0);
+        lower(&file, LockKind::Ofd).unwrap();
+        assert_eq!(held(&other), bytes(LockMode::Read).0);
+        // Beside another reader the reader's locks stay.
+        acquire(&other, LockMode::Read).unwrap();
+        assert_eq!(raise(&file, LockKind::Ofd).unwrap_err().kind(), ErrorKind::Locked);
+        sys::unlock(&other, 0, 1000).unwrap();
+        assert_eq!(held(&other), bytes(LockMode::Read).0);
+        // So they do when the conflict is found only after the writer's are held.
+        acquire_ofd_or_leave_some(&file, LockMode::Write).unwrap();
+        lower_ofd(&file).unwrap();
+        assert_eq!(held(&other), bytes(LockMode::Read).0);
+    }
+
+    #[test]
+    fn two_readers_that_raise_at_once_never_both_write() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let files = [named.reopen().unwrap(), named.reopen().unwrap()];
+        let writers = std::sync::atomic::AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for file in &files {
+                scope.spawn(|| {
+                    for _ in 0..5_000 {
+                        if acquire(file, LockMode::Read).is_err() {
+                            continue;
+                        }
+                        if raise(file, LockKind::Ofd).is_ok() {
+                            assert_eq!(writers.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
+                            writers.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                            lower(file, LockKind::Ofd).unwrap();
+                        }
+                        sys::unlock(file, 0, 1000).unwrap();
+                    }
+                });
+            }
+        });
+        raise(&files[0], LockKind::Ofd).unwrap();
+    }
+
+    #[test]
+    fn flock_is_raised_and_lowered_and_kept_when_refused() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let (file, other) = (named.reopen().unwrap(), named.reopen().unwrap());
+        let shared = FlockOperation::NonBlockingLockShared;
+        let exclusive = FlockOperation::NonBlockingLockExclusive;
+        rustix::fs::flock(&file, shared).unwrap();
+        rustix::fs::flock(&other, shared).unwrap();
+        assert_eq!(raise(&file, LockKind::Flock).unwrap_err().kind(), ErrorKind::Locked);
+        rustix::fs::flock(&other, exclusive).unwrap_err(); // which gives up its own, but ours was kept
+        raise(&file, LockKind::Flock).unwrap();
+        rustix::fs::flock(&other, shared).unwrap_err();
+        lower(&file, LockKind::Flock).unwrap();
+        rustix::fs::flock(&other, shared).unwrap();
     }
 
     #[test]

@@ -6,10 +6,12 @@
 //! its name only when it is complete.
 
 mod file;
+mod filesystem;
 mod lock;
 mod memory;
 mod newfile;
 mod overlay;
+mod reopen;
 mod sys;
 
 use std::fmt::Debug;
@@ -17,7 +19,10 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
+use crate::error::Result;
+
 pub use file::{FileAccess, FileKind, FileStorage, Sharing};
+pub use filesystem::FileSystem;
 pub use lock::{LockKind, LockMode, LockReport, is_open_elsewhere};
 pub use memory::MemoryStorage;
 pub use newfile::{NewFile, NewFileOptions};
@@ -156,6 +161,20 @@ pub trait Storage: Debug + Send + Sync {
     /// The open file behind this storage, when there is just one and its offsets are this storage's offsets.
     fn as_file(&self) -> Option<&File> {
         None
+    }
+
+    /// Changes a live storage between reading and writing: what others may do with the file meanwhile, and whether
+    /// writes are let through. Changing to what it is already does nothing. Storage that nobody else can reach has
+    /// nothing to change.
+    ///
+    /// The caller sees to it that no write is in flight when writing ends; nothing is synced.
+    ///
+    /// # Errors
+    /// When writing is not possible, for lack of permission or because somebody else uses the file, everything stays as
+    /// it was. When ending it fails, writes are refused nevertheless, and others may still be kept out.
+    fn set_access(&self, write: bool) -> Result<()> {
+        let _ = write;
+        Ok(())
     }
 
     /// What tells this storage apart from others, when it can be told.
