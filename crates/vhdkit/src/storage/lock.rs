@@ -160,6 +160,11 @@ pub(super) fn raise(file: &File, how: LockKind) -> Result<()> {
 fn raise_ofd(file: &File) -> Result<(), Refusal> {
     // First without taking anything: others must not be kept out, not even for a moment, by an attempt without hope.
     test(file, LockMode::Write)?;
+    raise_ofd_or_keep(file)
+}
+
+/// Takes a writer's locks in addition to a reader's, and gives up what came in addition when that is not granted.
+fn raise_ofd_or_keep(file: &File) -> Result<(), Refusal> {
     let outcome = acquire_ofd_or_leave_some(file, LockMode::Write);
     if outcome.is_err() {
         let _ = lower_ofd(file); // the refusal is what matters
@@ -341,12 +346,29 @@ mod tests {
         // Beside another reader the reader's locks stay.
         acquire(&other, LockMode::Read).unwrap();
         assert_eq!(raise(&file, LockKind::Ofd).unwrap_err().kind(), ErrorKind::Locked);
+        // So they do when the other one comes only after the first look.
+        assert!(matches!(raise_ofd_or_keep(&file), Err(Refusal::Forbidden)));
         sys::unlock(&other, 0, 1000).unwrap();
         assert_eq!(held(&other), bytes(LockMode::Read).0);
-        // So they do when the conflict is found only after the writer's are held.
-        acquire_ofd_or_leave_some(&file, LockMode::Write).unwrap();
-        lower_ofd(&file).unwrap();
-        assert_eq!(held(&other), bytes(LockMode::Read).0);
+    }
+
+    #[test]
+    fn raising_without_hope_does_not_disturb_readers() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let [first, second, third] = std::array::from_fn(|_| named.reopen().unwrap());
+        acquire(&first, LockMode::Read).unwrap();
+        acquire(&second, LockMode::Read).unwrap();
+        std::thread::scope(|scope| {
+            let readers = scope.spawn(|| {
+                for _ in 0..20_000 {
+                    acquire(&third, LockMode::Read).unwrap();
+                    sys::unlock(&third, 0, 1000).unwrap();
+                }
+            });
+            while !readers.is_finished() {
+                assert_eq!(raise(&first, LockKind::Ofd).unwrap_err().kind(), ErrorKind::Locked);
+            }
+        });
     }
 
     #[test]
