@@ -116,6 +116,7 @@ pub mod log;
 pub mod model;
 pub mod random;
 pub mod rng;
+pub mod sim;
 pub mod sparse;
 pub mod spec;
 pub mod storage_suite;
