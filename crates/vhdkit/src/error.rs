@@ -38,6 +38,10 @@ pub enum ErrorKind {
     OutOfRange,
     /// An argument does not fit: an unaligned size, an option that contradicts another.
     InvalidArgument,
+    /// Something under way stands in the way; trying again later may work.
+    Busy,
+    /// Writing failed before in a way that leaves the state of the medium unknown; only reading works any more.
+    Poisoned,
     /// The file is in use elsewhere.
     Locked,
     /// The target exists already.
@@ -69,6 +73,8 @@ impl ErrorKind {
             Self::ReadOnly => "read-only",
             Self::OutOfRange => "out-of-range",
             Self::InvalidArgument => "invalid-argument",
+            Self::Busy => "busy",
+            Self::Poisoned => "poisoned",
             Self::Locked => "locked",
             Self::Exists => "exists",
             Self::Refused => "refused",

@@ -1,6 +1,8 @@
 //! Entries of the block allocation table ([MS-VHDX] 2.5.1).
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::HEADER_SECTION_BYTES;
 use super::finding::{Code, Finding, Location, Strictness};
@@ -109,6 +111,30 @@ impl BatEntry {
     }
 }
 
+/// The length of a file, which changes while the image is written.
+#[derive(Debug, Default)]
+pub struct FileSize(AtomicU64);
+
+impl FileSize {
+    /// A length in bytes.
+    #[must_use]
+    pub const fn new(bytes: u64) -> Self {
+        Self(AtomicU64::new(bytes))
+    }
+
+    /// The length now.
+    #[inline]
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Sets the length; before an entry names what lies behind the old one.
+    pub fn set(&self, bytes: u64) {
+        self.0.store(bytes, Ordering::Release);
+    }
+}
+
 /// What an entry is judged against.
 #[derive(Clone, Debug)]
 pub struct BatRules {
@@ -117,7 +143,7 @@ pub struct BatRules {
     /// Where the BAT begins in the file.
     pub bat_offset: FileOffset,
     /// The file's length, after replay.
-    pub file_size: u64,
+    pub file_size: Arc<FileSize>,
     /// Header section, log and regions.
     pub taken: TakenSpace,
     /// How strictly to judge.
@@ -144,12 +170,13 @@ impl BatRules {
     /// inside the file. Spares most entries the full judgement.
     #[inline]
     #[must_use]
-    pub const fn is_plain(&self, entry: BatEntry) -> bool {
+    pub fn is_plain(&self, entry: BatEntry) -> bool {
         let offset = entry.0 & OFFSET_MASK;
+        let file_size = self.file_size.get();
         entry.0 & !OFFSET_MASK == 6
             && offset >= self.taken_end
-            && offset <= self.file_size
-            && self.file_size - offset >= self.geometry.block_size()
+            && offset <= file_size
+            && file_size - offset >= self.geometry.block_size()
     }
 
     fn finding(&self, code: Code, index: BatIndex, detail: String) -> Finding {
@@ -216,7 +243,7 @@ impl BatRules {
             return Err(finding);
         }
         if let Some(range) = self.owned_range(BatSlot::Payload(block), entry) {
-            let beyond = range.end > self.file_size;
+            let beyond = range.end > self.file_size.get();
             if beyond || self.taken.overlap(&range).is_some() {
                 let what =
                     if beyond { "reaches past the end of the file" } else { "overlaps the file's own structures" };
@@ -237,13 +264,13 @@ impl BatRules {
             let detail = format!("block at {offset:#x} overlaps the {} at {:#x}", taken.name, taken.range.start);
             return Err(self.finding(Code::BatOverlap, index, detail));
         }
-        if range.end <= self.file_size {
+        if range.end <= self.file_size.get() {
             return Ok(None);
         }
         let guest = self.geometry.block_range(block);
         let needed = offset.saturating_add(guest.end - guest.start);
-        let detail = format!("block at {offset:#x} reaches past the end of the file ({:#x})", self.file_size);
-        if needed <= self.file_size && guest.end == self.geometry.disk_size() {
+        let detail = format!("block at {offset:#x} reaches past the end of the file ({:#x})", self.file_size.get());
+        if needed <= self.file_size.get() && guest.end == self.geometry.disk_size() {
             return Self::sort(self.finding(Code::BatLastBlockCut, index, detail));
         }
         Err(self.finding(Code::BatOutsideFile, index, detail))
@@ -291,8 +318,9 @@ impl BatRules {
             let detail = format!("bitmap at {offset:#x} overlaps the {} at {:#x}", taken.name, taken.range.start);
             return Err(self.finding(Code::BatOverlap, index, detail));
         }
-        if range.end > self.file_size {
-            let detail = format!("bitmap at {offset:#x} reaches past the end of the file ({:#x})", self.file_size);
+        if range.end > self.file_size.get() {
+            let detail =
+                format!("bitmap at {offset:#x} reaches past the end of the file ({:#x})", self.file_size.get());
             return Err(self.finding(Code::BitmapOutsideFile, index, detail));
         }
         Ok(None)

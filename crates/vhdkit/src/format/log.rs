@@ -242,6 +242,104 @@ fn decode_entry(ring: &mut dyn Ring, start: u64, guid: Guid) -> Result<Option<En
     Ok((stored == Some(crc)).then_some(entry))
 }
 
+/// A page to log: where it belongs, and its bytes. A page of zeros needs no data sector.
+#[derive(Clone, Copy, Debug)]
+pub struct PageToLog<'a> {
+    /// Where the page belongs in the file; a multiple of 4 KiB.
+    pub file_offset: u64,
+    /// What it is to hold.
+    pub bytes: &'a [u8; SECTOR_BYTES],
+}
+
+/// What an entry says about itself.
+#[derive(Clone, Copy, Debug)]
+pub struct EntryToLog {
+    /// The log GUID of the header.
+    pub log_guid: Guid,
+    /// The entry's place in the sequence; not 0.
+    pub sequence_number: u64,
+    /// Ring offset of the sequence's first entry.
+    pub tail: u32,
+    /// A file length that is durable.
+    pub flushed_file_offset: u64,
+    /// A file length that holds everything that is allocated once the entry counts.
+    pub last_file_offset: u64,
+}
+
+/// The sectors that an entry with so many pages takes at most.
+#[must_use]
+pub const fn entry_sectors_max(pages: u64) -> u64 {
+    descriptor_sectors(pages) + pages
+}
+
+/// The most pages that always fit into an entry of so many sectors.
+#[must_use]
+pub const fn pages_per_entry(sectors: u64) -> u64 {
+    let mut pages = sectors.saturating_sub(1);
+    while pages > 0 && entry_sectors_max(pages) > sectors {
+        pages -= 1;
+    }
+    pages
+}
+
+/// The bytes of an entry ([MS-VHDX] 2.3.1), a multiple of 4 KiB, checksum included. `None` when it would have more than
+/// 4 GiB.
+#[must_use]
+pub fn encode_entry(entry: &EntryToLog, pages: &[PageToLog<'_>]) -> Option<Vec<u8>> {
+    let count = u32::try_from(pages.len()).ok()?;
+    let descriptor_bytes = usize::try_from(descriptor_sectors(u64::from(count)) * SECTOR).ok()?;
+    let mut bytes = vec![0; descriptor_bytes];
+    let sequence = entry.sequence_number;
+    let mut descriptors = Vec::with_capacity(pages.len());
+    for page in pages {
+        let is_zero = page.bytes.iter().all(|byte| *byte == 0);
+        let leading = page.bytes.first_chunk().copied().unwrap_or_default();
+        let trailing = page.bytes.last_chunk().copied().unwrap_or_default();
+        descriptors.push(RawDescriptor {
+            signature: if is_zero { ZERO_SIGNATURE } else { DATA_SIGNATURE },
+            trailing_bytes: if is_zero { [0; 4] } else { trailing },
+            leading_bytes: if is_zero { SECTOR.to_le_bytes() } else { leading },
+            file_offset: page.file_offset.into(),
+            sequence_number: sequence.into(),
+        });
+        if is_zero {
+            continue;
+        }
+        let mut sector = [0; SECTOR_BYTES];
+        sector.copy_from_slice(page.bytes);
+        let raw: &mut RawDataSector = zerocopy::transmute_mut!(&mut sector);
+        raw.signature = SECTOR_SIGNATURE;
+        let [high, low] = [sequence >> 32, sequence & 0xffff_ffff].map(|half| u32::try_from(half).unwrap_or_default());
+        raw.sequence_high = high.into();
+        raw.sequence_low = low.into();
+        bytes.extend_from_slice(&sector);
+    }
+    let mut header = RawEntryHeader {
+        signature: ENTRY_SIGNATURE,
+        checksum: U32::ZERO,
+        entry_length: u32::try_from(bytes.len()).ok()?.into(),
+        tail: entry.tail.into(),
+        sequence_number: sequence.into(),
+        descriptor_count: count.into(),
+        reserved: U32::ZERO,
+        log_guid: entry.log_guid,
+        flushed_file_offset: entry.flushed_file_offset.into(),
+        last_file_offset: entry.last_file_offset.into(),
+    };
+    let fill = |bytes: &mut [u8], header: &RawEntryHeader| {
+        let parts = [header.as_bytes(), descriptors.as_bytes()].concat();
+        for (to, from) in bytes.iter_mut().zip(parts) {
+            *to = from;
+        }
+    };
+    fill(&mut bytes, &header);
+    header.checksum = checksum(&bytes).into();
+    for (to, from) in bytes.iter_mut().zip(header.as_bytes()) {
+        *to = *from;
+    }
+    Some(bytes)
+}
+
 /// The entries to replay, oldest first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ActiveSequence {
@@ -297,6 +395,24 @@ pub fn find_active_sequence(ring: &mut dyn Ring, guid: Guid) -> Result<Option<Ac
         }
     }
     Ok(best.map(|entries| ActiveSequence { entries }))
+}
+
+/// The entries that lead up to `entry` without a gap, oldest first, whether or not they count.
+pub(crate) fn entries_before(ring: &mut dyn Ring, entry: &Entry, guid: Guid) -> Result<Vec<Entry>> {
+    let mut all = Vec::new();
+    for position in 0..ring.sectors() {
+        all.extend(decode_entry(ring, position, guid)?);
+    }
+    let mut before: Vec<Entry> = Vec::new();
+    let mut next = *entry;
+    while let Some(found) = all.iter().find(|found| {
+        around(found.start, found.sectors, ring.sectors()) == next.start
+            && found.sequence_number.checked_add(1) == Some(next.sequence_number)
+    }) {
+        before.insert(0, *found);
+        next = *found;
+    }
+    Ok(before)
 }
 
 /// One change that replay makes.

@@ -1,11 +1,16 @@
-//! The BAT in memory: read page by page when first needed, looked up without a lock.
+//! The BAT in memory: read page by page when first needed, looked up without a lock, changed by a writer.
 //!
 //! ```text
 //! directory (1 pointer per 2 MiB of BAT) -> 512 page slots -> page of 512 judged entries, or "all zero"
 //! ```
+//!
+//! A page never leaves memory and the first one in a slot stays, so no loader can replace what a writer changed. From its
+//! first change on a page in memory is the truth; the file follows with a commit.
 
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::view::View;
 use crate::error::{Error, ErrorKind, Result};
@@ -15,7 +20,9 @@ use crate::format::geometry::BatSlot;
 use crate::units::{BatIndex, BlockIndex, ChunkIndex, FileOffset};
 
 /// Entries of a page.
-const PAGE_ENTRIES: usize = 512;
+pub(crate) const PAGE_ENTRIES: usize = 512;
+/// The same as a number of entries.
+const ENTRIES_PER_PAGE: u64 = PAGE_ENTRIES as u64;
 /// Pages of a directory slot.
 const SLOT_PAGES: usize = 512;
 
@@ -23,37 +30,61 @@ const SLOT_PAGES: usize = 512;
 const UNUSABLE: u64 = u64::MAX;
 
 type Page = [AtomicU64; PAGE_ENTRIES];
-/// A loaded page; `None` when all its entries are zero, as in a hole of the file.
-type PageSlot = OnceLock<Option<Box<Page>>>;
+
+/// Where a page goes. Nothing in it: not read yet.
+#[derive(Debug, Default)]
+struct PageSlot {
+    page: OnceLock<Box<Page>>,
+    /// True when the page was read and is zero throughout, as in a hole of the file. `page` goes first.
+    is_zero: AtomicBool,
+}
 
 /// The BAT of one layer.
 #[derive(Debug)]
 pub(crate) struct BatCache {
     slots: Box<[OnceLock<Box<[PageSlot]>>]>,
     entries: u64,
+    /// Pages that a writer has changed, ever: the file may be behind.
+    changed: Mutex<BTreeSet<u64>>,
+    has_changes: AtomicBool,
 }
 
 impl BatCache {
     pub(crate) fn new(entries: u64) -> Self {
-        let pages = entries.div_ceil(PAGE_ENTRIES as u64);
+        let pages = entries.div_ceil(ENTRIES_PER_PAGE);
         let slots = usize::try_from(pages.div_ceil(SLOT_PAGES as u64)).unwrap_or(usize::MAX); // at most 257
-        Self { slots: (0..slots).map(|_| OnceLock::new()).collect(), entries }
+        Self {
+            slots: (0..slots).map(|_| OnceLock::new()).collect(),
+            entries,
+            changed: Mutex::new(BTreeSet::new()),
+            has_changes: AtomicBool::new(false),
+        }
     }
 
     /// The entry of a payload block.
     #[inline]
     pub(crate) fn payload(&self, block: BlockIndex, rules: &BatRules, view: &View) -> Result<BatEntry> {
-        let entry = self.entry(rules.geometry.payload_index(block), rules, view)?;
-        if entry == UNUSABLE {
-            return Err(self.explain(rules.geometry.payload_index(block), rules, view));
-        }
-        Ok(BatEntry(entry))
+        self.entry(rules.geometry.payload_index(block), rules, view)
     }
 
     /// The entry of a chunk's sector bitmap.
     pub(crate) fn bitmap(&self, chunk: ChunkIndex, rules: &BatRules, view: &View) -> Result<BatEntry> {
-        let index = rules.geometry.bitmap_index(chunk);
-        let entry = self.entry(index, rules, view)?;
+        self.entry(rules.geometry.bitmap_index(chunk), rules, view)
+    }
+
+    /// The entry at an index.
+    #[inline]
+    pub(crate) fn entry(&self, index: BatIndex, rules: &BatRules, view: &View) -> Result<BatEntry> {
+        let slot = self.slot(page_of(index))?;
+        let page = match slot.page.get() {
+            Some(page) => page,
+            None if slot.is_zero.load(Ordering::Acquire) => return Ok(BatEntry(0)),
+            None => match self.load(slot, page_of(index), rules, view)? {
+                Some(page) => page,
+                None => return Ok(BatEntry(0)),
+            },
+        };
+        let entry = cell(page, index).map_or(UNUSABLE, |cell| cell.load(Ordering::Acquire));
         if entry == UNUSABLE {
             return Err(self.explain(index, rules, view));
         }
@@ -61,48 +92,42 @@ impl BatCache {
     }
 
     #[inline]
-    fn entry(&self, index: BatIndex, rules: &BatRules, view: &View) -> Result<u64> {
-        let page_number = index.0 / PAGE_ENTRIES as u64;
+    fn slot(&self, page_number: u64) -> Result<&PageSlot> {
         let (slot, page) = (page_number / SLOT_PAGES as u64, page_number % SLOT_PAGES as u64);
-        let outside = || Error::new(ErrorKind::OutOfRange, format!("BAT entry {index} is outside of the table"));
+        let outside = || Error::new(ErrorKind::OutOfRange, format!("BAT page {page_number} is outside of the table"));
         let slot = self.slots.get(usize::try_from(slot).unwrap_or(usize::MAX)).ok_or_else(outside)?;
-        let pages = slot.get_or_init(|| (0..SLOT_PAGES).map(|_| OnceLock::new()).collect());
-        let page = pages.get(usize::try_from(page).unwrap_or(usize::MAX)).ok_or_else(outside)?;
-        let loaded = match page.get() {
-            Some(loaded) => loaded,
-            None => self.load(page, page_number, rules, view)?,
-        };
-        let Some(entries) = loaded else { return Ok(0) };
-        let position = usize::try_from(index.0 % PAGE_ENTRIES as u64).unwrap_or(usize::MAX);
-        entries.get(position).map(|entry| entry.load(Ordering::Acquire)).ok_or_else(outside)
+        let pages = slot.get_or_init(|| (0..SLOT_PAGES).map(|_| PageSlot::default()).collect());
+        pages.get(usize::try_from(page).unwrap_or(usize::MAX)).ok_or_else(outside)
     }
 
     /// Reads a page and judges every entry that the disk uses. A thread that loses the race gives its copy up.
     #[cold]
     fn load<'a>(
         &self,
-        page: &'a PageSlot,
+        slot: &'a PageSlot,
         page_number: u64,
         rules: &BatRules,
         view: &View,
-    ) -> Result<&'a Option<Box<Page>>> {
-        let first = page_number * PAGE_ENTRIES as u64;
+    ) -> Result<Option<&'a Page>> {
+        let first = page_number * ENTRIES_PER_PAGE;
         let mut bytes = [0_u8; PAGE_ENTRIES * 8];
-        let used = usize::try_from((self.entries - first).min(PAGE_ENTRIES as u64)).unwrap_or(PAGE_ENTRIES);
+        let used = usize::try_from((self.entries - first).min(ENTRIES_PER_PAGE)).unwrap_or(PAGE_ENTRIES);
         if let Some(part) = bytes.get_mut(..used * 8) {
             view.read_at(part, rules.bat_offset.0 + first * 8)?; // inside the BAT region
         }
         if bytes.iter().all(|byte| *byte == 0) {
-            return Ok(page.get_or_init(|| None));
+            // Should a writer have put a page here meanwhile, that one is looked at first.
+            slot.is_zero.store(true, Ordering::Release);
+            return Ok(slot.page.get().map(|page| &**page));
         }
-        let entries: Box<Page> = Box::new([const { AtomicU64::new(0) }; PAGE_ENTRIES]);
+        let entries = empty_page();
         let (raw, _) = bytes.as_chunks::<8>();
         for (number, (to, raw)) in (first..).zip(entries.iter().zip(raw).take(used)) {
             let entry = BatEntry(u64::from_le_bytes(*raw));
             let usable = judge(BatIndex(number), entry, rules).is_ok();
             to.store(if usable { entry.0 } else { UNUSABLE }, Ordering::Relaxed);
         }
-        Ok(page.get_or_init(|| Some(entries)))
+        Ok(Some(slot.page.get_or_init(|| entries)))
     }
 
     /// Reads an unusable entry again and says what is wrong with it.
@@ -120,6 +145,72 @@ impl BatCache {
             ),
         }
     }
+
+    /// Makes sure that an entry's page is in memory and can be changed without I/O from now on.
+    pub(crate) fn pin(&self, index: BatIndex, rules: &BatRules, view: &View) -> Result<()> {
+        self.entry(index, rules, view)?;
+        self.slot(page_of(index))?.page.get_or_init(empty_page);
+        Ok(())
+    }
+
+    /// Changes an entry whose page is pinned. The caller holds the writer's lock. Gives the page's number.
+    pub(crate) fn set(&self, index: BatIndex, entry: BatEntry) -> Result<u64> {
+        let number = page_of(index);
+        let page = self.slot(number)?.page.get();
+        let Some(cell) = page.and_then(|page| cell(page, index)) else {
+            return Err(Error::new(ErrorKind::InvalidArgument, format!("BAT page {number} is not in memory")));
+        };
+        self.changed_pages().insert(number);
+        self.has_changes.store(true, Ordering::Release);
+        cell.store(entry.0, Ordering::Release);
+        Ok(number)
+    }
+
+    /// The bytes of a page in memory as they belong into the file; `None` when it is not there or not fit to be written.
+    pub(crate) fn page_bytes(&self, page_number: u64) -> Option<[u8; 4096]> {
+        let page = self.slot(page_number).ok()?.page.get()?;
+        let mut bytes = [0; 4096];
+        let (chunks, _) = bytes.as_chunks_mut::<8>();
+        for (to, entry) in chunks.iter_mut().zip(page.iter()) {
+            let entry = entry.load(Ordering::Acquire);
+            if entry == UNUSABLE {
+                return None;
+            }
+            *to = entry.to_le_bytes();
+        }
+        Some(bytes)
+    }
+
+    /// True when a writer has changed anything since the image was opened.
+    pub(crate) fn has_changes(&self) -> bool {
+        self.has_changes.load(Ordering::Acquire)
+    }
+
+    /// The entries of the first changed page at or behind an index: for those who read the file.
+    pub(crate) fn next_changed(&self, index: u64) -> Option<Range<u64>> {
+        if !self.has_changes() {
+            return None;
+        }
+        let page = *self.changed_pages().range(index / ENTRIES_PER_PAGE..).next()?;
+        Some(page * ENTRIES_PER_PAGE..(page + 1) * ENTRIES_PER_PAGE)
+    }
+
+    fn changed_pages(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.changed.lock().unwrap_or_else(PoisonError::into_inner) // a set of numbers is whole at any moment
+    }
+}
+
+/// The number of the page that an entry stands in.
+pub(crate) const fn page_of(index: BatIndex) -> u64 {
+    index.0 / ENTRIES_PER_PAGE
+}
+
+fn cell(page: &Page, index: BatIndex) -> Option<&AtomicU64> {
+    page.get(usize::try_from(index.0 % ENTRIES_PER_PAGE).unwrap_or(usize::MAX))
+}
+
+fn empty_page() -> Box<Page> {
+    Box::new([const { AtomicU64::new(0) }; PAGE_ENTRIES])
 }
 
 /// Judges an entry by its place.

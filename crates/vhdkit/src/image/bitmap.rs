@@ -1,11 +1,14 @@
-//! Pages of sector bitmaps: a small cache, so that 16 GiB of bitmaps cost 4 MiB at most.
+//! Pages of sector bitmaps: a small cache, so that 16 GiB of bitmaps cost 4 MiB at most, and the pages that a writer
+//! changes, which stay until they are home.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::view::View;
 use crate::error::Result;
-use crate::units::FileOffset;
+use crate::units::{ChunkIndex, FileOffset};
 
 /// Bytes of a bitmap page.
 pub(crate) const PAGE_BYTES: u64 = 4096;
@@ -18,35 +21,165 @@ pub(crate) type BitmapPage = [u8; 4096];
 const SHARDS: usize = 16;
 const SHARD_PAGES: usize = 64;
 
-/// A bounded cache of bitmap pages of one layer.
+/// Which page: the chunk, and the page's number in the chunk's bitmap block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct BitmapKey {
+    pub(crate) chunk: ChunkIndex,
+    pub(crate) page: u64,
+}
+
+/// Pages that nobody is about to change. `generation` counts the pages that came back changed: who began to read before
+/// must not put an older page in.
+#[derive(Debug, Default)]
+struct Shard {
+    pages: HashMap<BitmapKey, Arc<BitmapPage>>,
+    generation: u64,
+}
+
+/// A page that a plan will change, or that was changed and is not home yet.
+#[derive(Debug)]
+struct Pinned {
+    page: Arc<BitmapPage>,
+    pins: u64,
+}
+
+/// A bounded cache of bitmap pages of one layer, and those that a writer holds on to.
 #[derive(Debug)]
 pub(crate) struct BitmapCache {
-    shards: [Mutex<HashMap<u64, Arc<BitmapPage>>>; SHARDS],
+    shards: [Mutex<Shard>; SHARDS],
+    pinned: Mutex<HashMap<BitmapKey, Pinned>>,
+    /// How many pages are pinned; spares readers the lock when there are none.
+    pinned_count: AtomicUsize,
 }
 
 impl BitmapCache {
     pub(crate) fn new() -> Self {
-        Self { shards: std::array::from_fn(|_| Mutex::new(HashMap::new())) }
+        Self {
+            shards: std::array::from_fn(|_| Mutex::default()),
+            pinned: Mutex::default(),
+            pinned_count: AtomicUsize::new(0),
+        }
     }
 
-    /// The page at a file offset. The lock is not held while reading.
-    pub(crate) fn page(&self, offset: FileOffset, view: &View) -> Result<Arc<BitmapPage>> {
-        let shard = (offset.0 / PAGE_BYTES) as usize % SHARDS; // only the low bits matter
-        let shard = self.shards.get(shard).unwrap_or(&self.shards[0]);
-        if let Some(page) = shard.lock().unwrap_or_else(PoisonError::into_inner).get(&offset.0) {
-            return Ok(Arc::clone(page));
+    fn shard(&self, key: BitmapKey) -> MutexGuard<'_, Shard> {
+        let number = (key.page ^ key.chunk.0) as usize % SHARDS; // only the low bits matter
+        self.shards.get(number).unwrap_or(&self.shards[0]).lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pinned(&self) -> MutexGuard<'_, HashMap<BitmapKey, Pinned>> {
+        self.pinned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The page if a writer holds on to it: the file may be behind.
+    pub(crate) fn held(&self, key: BitmapKey) -> Option<Arc<BitmapPage>> {
+        if self.pinned_count.load(Ordering::Acquire) == 0 {
+            return None;
         }
-        let mut page: BitmapPage = [0; 4096];
-        view.read_at(&mut page, offset.0)?;
-        let page = Arc::new(page);
-        let mut pages = shard.lock().unwrap_or_else(PoisonError::into_inner);
-        if pages.len() >= SHARD_PAGES {
+        self.pinned().get(&key).map(|pinned| Arc::clone(&pinned.page))
+    }
+
+    /// A page; `offset` is where it stands in the file. No lock is held while reading.
+    pub(crate) fn page(&self, key: BitmapKey, offset: FileOffset, view: &View) -> Result<Arc<BitmapPage>> {
+        loop {
+            if let Some(page) = self.held(key) {
+                return Ok(page);
+            }
+            let generation = {
+                let shard = self.shard(key);
+                if let Some(page) = shard.pages.get(&key) {
+                    return Ok(Arc::clone(page));
+                }
+                shard.generation
+            };
+            let mut page: BitmapPage = [0; 4096];
+            view.read_at(&mut page, offset.0)?;
+            let page = Arc::new(page);
+            let mut shard = self.shard(key);
+            if shard.generation == generation {
+                shard.insert(key, Arc::clone(&page));
+                return Ok(page);
+            }
+        }
+    }
+
+    /// Holds on to a page. `offset` is where it stands in the file; `None` for a page of a new block, which is zero.
+    pub(crate) fn pin(&self, key: BitmapKey, offset: Option<FileOffset>, view: &View) -> Result<()> {
+        let page = match offset {
+            Some(offset) => self.page(key, offset, view)?,
+            None => Arc::new([0; 4096]),
+        };
+        let mut pinned = self.pinned();
+        match pinned.get_mut(&key) {
+            Some(there) => there.pins += 1,
+            None => {
+                // What came back changed since it was looked up lies in its shard, unless it was evicted: then ask again.
+                let page = match offset {
+                    Some(_) => self.shard(key).pages.get(&key).map(Arc::clone),
+                    None => Some(page),
+                };
+                let Some(page) = page else {
+                    drop(pinned);
+                    return self.pin(key, offset, view);
+                };
+                pinned.insert(key, Pinned { page, pins: 1 });
+                self.pinned_count.store(pinned.len(), Ordering::Release);
+            }
+        }
+        Ok(())
+    }
+
+    /// Holds on to a page once more that is held already.
+    pub(crate) fn pin_again(&self, key: BitmapKey) {
+        if let Some(there) = self.pinned().get_mut(&key) {
+            there.pins += 1;
+        }
+    }
+
+    /// Lets go of a page as often as it was pinned.
+    pub(crate) fn unpin(&self, key: BitmapKey) {
+        let mut pinned = self.pinned();
+        let Some(there) = pinned.get_mut(&key) else { return };
+        there.pins = there.pins.saturating_sub(1);
+        if there.pins == 0
+            && let Some(there) = pinned.remove(&key)
+        {
+            let mut shard = self.shard(key);
+            shard.generation += 1;
+            shard.insert(key, there.page);
+            drop(shard);
+            self.pinned_count.store(pinned.len(), Ordering::Release);
+        }
+    }
+
+    /// Changes a page that is pinned. Those who have it see the old one.
+    pub(crate) fn change(&self, key: BitmapKey, change: impl FnOnce(&mut BitmapPage)) {
+        if let Some(there) = self.pinned().get_mut(&key) {
+            change(Arc::make_mut(&mut there.page));
+        }
+    }
+}
+
+impl Shard {
+    fn insert(&mut self, key: BitmapKey, page: Arc<BitmapPage>) {
+        if self.pages.len() >= SHARD_PAGES {
             // Any page will do: what is in use stays alive through its Arc.
-            let victim = pages.keys().next().copied();
-            victim.and_then(|victim| pages.remove(&victim));
+            let victim = self.pages.keys().next().copied();
+            victim.and_then(|victim| self.pages.remove(&victim));
         }
-        pages.insert(offset.0, Arc::clone(&page));
-        Ok(page)
+        self.pages.insert(key, page);
+    }
+}
+
+/// Sets or clears bits of a page; `bits` count from its start.
+pub(crate) fn set_bits(page: &mut BitmapPage, bits: Range<u64>, value: bool) {
+    for (number, byte) in (0..).zip(page.iter_mut()) {
+        let first = number * 8;
+        let (from, to) = (bits.start.max(first), bits.end.min(first + 8));
+        if from >= to {
+            continue;
+        }
+        let mask = (0xff_u8 >> (8 - (to - from))) << (from - first);
+        *byte = if value { *byte | mask } else { *byte & !mask };
     }
 }
 
@@ -77,6 +210,21 @@ pub(crate) fn bit_run(page: &BitmapPage, first: u64, limit: u64) -> (bool, u64) 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bits_are_set_and_cleared_exactly() {
+        for bits in [0..1, 3..5, 7..9, 0..32_768, 100..100, 8..16, 32_760..32_768, 5..1000] {
+            let mut page: BitmapPage = [0; 4096];
+            set_bits(&mut page, bits.clone(), true);
+            let mut cleared: BitmapPage = [0xff; 4096];
+            set_bits(&mut cleared, bits.clone(), false);
+            for number in 0..32_768_u64 {
+                let byte = usize::try_from(number / 8).unwrap();
+                assert_eq!(page[byte] >> (number % 8) & 1 == 1, bits.contains(&number), "{bits:?} {number}");
+                assert_eq!(cleared[byte] >> (number % 8) & 1 == 0, bits.contains(&number), "{bits:?} {number}");
+            }
+        }
+    }
 
     #[test]
     fn runs_agree_with_single_bits() {

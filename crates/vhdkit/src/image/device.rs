@@ -59,7 +59,7 @@ impl Extent {
 /// Takes extents one after another; breaks to stop.
 pub type VisitExtent<'a> = dyn FnMut(&Extent) -> ControlFlow<()> + 'a;
 
-/// A disk that can be read.
+/// A disk that can be read, and written where it is not read-only.
 ///
 /// All methods take `&self` and may be called from many threads.
 pub trait BlockDevice: Debug + Send + Sync {
@@ -102,6 +102,56 @@ pub trait BlockDevice: Debug + Send + Sync {
     fn layer_storage(&self, layer: usize) -> Option<Arc<dyn Storage>> {
         let _ = layer;
         None
+    }
+
+    /// Writes all of `buf` at a byte offset. Neither has to be a multiple of the sector. Reads see it when this returns;
+    /// it is durable after the next [`BlockDevice::flush`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReadOnly`] when the disk is not open for writing, [`ErrorKind::OutOfRange`] when the range does not lie
+    /// on it, [`ErrorKind::Poisoned`] after a failure of metadata, [`ErrorKind::Io`] with what the operating system says;
+    /// any part of `buf` may have been written then.
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let _ = (buf, offset);
+        Err(super::writer::read_only())
+    }
+
+    /// As [`BlockDevice::write_at`], and durable when it returns (FUA).
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write_at`] and [`BlockDevice::flush`].
+    fn write_through_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.write_at(buf, offset)?;
+        self.flush()
+    }
+
+    /// Makes a range read as zero, whatever a parent has there. With `unmap`, space may be given back; without, what is
+    /// allocated stays allocated. What is not allocated is not allocated for this.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write_at`].
+    fn write_zeroes(&self, range: Range<u64>, unmap: bool) -> Result<()> {
+        let _ = (range, unmap);
+        Err(super::writer::read_only())
+    }
+
+    /// Says that what a range holds is not needed any more. Whole blocks in it may be given back, and then read as zero
+    /// here, but as anything elsewhere; the rest stays as it is.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write_at`].
+    fn discard(&self, range: Range<u64>) -> Result<()> {
+        let _ = range;
+        Err(super::writer::read_only())
+    }
+
+    /// Makes everything durable that was written, zeroed or discarded by calls that had returned before.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] when that fails: what an earlier flush covered is safe, and what is in between may or may not
+    /// be there after a crash. [`ErrorKind::Poisoned`] after such a failure.
+    fn flush(&self) -> Result<()> {
+        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@
 use std::ops::{ControlFlow, Range};
 
 use super::bat::{bitmap_page_offset, judge};
-use super::bitmap::{BitmapPage, PAGE_BITS, PAGE_BYTES, bit_run};
+use super::bitmap::{BitmapKey, BitmapPage, PAGE_BITS, PAGE_BYTES, bit_run};
 use super::device::{Extent, ExtentKind, VisitExtent};
 use super::layer::Layer;
 use crate::error::{Error, Result};
@@ -65,6 +65,11 @@ impl<'a> LayerCursor<'a> {
         }
         let rules = self.layer.rules();
         let entries = rules.geometry.bat_entries();
+        // What a writer changed is taken from memory; the file may be behind.
+        let changed = self.layer.bat().next_changed(index).unwrap_or(entries..entries);
+        if changed.contains(&index) {
+            return self.load_changed(index..changed.end.min(entries));
+        }
         let bat = rules.bat_offset.0; // the BAT region lies inside the file, so sums below do not overflow
         let from = bat + index * BAT_ENTRY_BYTES;
         let until = bat + entries * BAT_ENTRY_BYTES;
@@ -72,11 +77,11 @@ impl<'a> LayerCursor<'a> {
             let data = self.layer.view().next_data(from..until)?.unwrap_or(until..until);
             self.data = (data.start - bat) / BAT_ENTRY_BYTES..(data.end - bat).div_ceil(BAT_ENTRY_BYTES);
             if self.data.start > index {
-                self.hole = index..self.data.start;
+                self.hole = index..self.data.start.min(changed.start);
                 return Ok(());
             }
         }
-        let count = WINDOW_ENTRIES.min(self.data.end - index);
+        let count = WINDOW_ENTRIES.min(self.data.end - index).min(changed.start - index);
         self.window.clear();
         self.window.resize(usize::try_from(count).unwrap_or_default(), 0);
         self.window_start = index;
@@ -87,6 +92,17 @@ impl<'a> LayerCursor<'a> {
         read?;
         for entry in &mut self.window {
             *entry = u64::from_le(*entry);
+        }
+        Ok(())
+    }
+
+    /// Fills the window from a page in memory.
+    fn load_changed(&mut self, range: Range<u64>) -> Result<()> {
+        self.hole = 0..0;
+        self.window_start = range.start;
+        self.window.clear();
+        for index in range {
+            self.window.push(self.layer.bat().entry(BatIndex(index), self.layer.rules(), self.layer.view())?.0);
         }
         Ok(())
     }
@@ -222,7 +238,11 @@ impl<'a> LayerCursor<'a> {
         let first = geometry.bitmap_bit(GuestOffset(position));
         let page_number = first / PAGE_BITS;
         let sectors_left = (range.end - position).div_ceil(sector);
-        let page = self.bitmap_page(bitmap, page_number)?;
+        let held = self.layer.bitmaps().held(BitmapKey { chunk, page: page_number });
+        let page = match &held {
+            Some(page) => page,
+            None => self.bitmap_page(bitmap, page_number)?,
+        };
         let (here, count) = bit_run(page, first % PAGE_BITS, sectors_left);
         let end = (position + count * sector).min(range.end);
         let kind = if here {
@@ -238,6 +258,9 @@ impl<'a> LayerCursor<'a> {
     fn bitmap_entry(&mut self, chunk: ChunkIndex) -> Result<BatEntry> {
         let rules = self.layer.rules();
         let index = rules.geometry.bitmap_index(chunk);
+        if self.layer.bat().next_changed(index.0).is_some_and(|changed| changed.contains(&index.0)) {
+            return self.layer.bat().entry(index, rules, self.layer.view());
+        }
         // Read by itself: going through the window would throw it away for one entry.
         let mut raw = [0; 8];
         self.layer.view().read_at(&mut raw, rules.bat_offset.0 + index.0 * BAT_ENTRY_BYTES)?;

@@ -133,7 +133,7 @@ pub(crate) fn load(
     let rules = BatRules {
         geometry: metadata.geometry,
         bat_offset: FileOffset(region_table.bat.file_offset),
-        file_size: view.size(),
+        file_size: Arc::clone(view.size_cell()),
         taken_end: taken.ranges().last().map_or(HEADER_SECTION_BYTES, |last| last.range.end),
         taken,
         strictness: findings.strictness(),

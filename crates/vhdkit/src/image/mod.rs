@@ -3,25 +3,43 @@
 mod admission;
 mod bat;
 mod bitmap;
+mod change;
+mod commit;
 mod device;
 pub(crate) mod extents;
 mod file_resolver;
+mod gate;
+mod headers;
 pub(crate) mod layer;
 mod open;
 mod parents;
+mod plan;
 mod raw;
 pub(crate) mod replay;
+mod ring;
 pub(crate) mod scan;
+mod session;
+#[cfg(feature = "simulation")]
+pub mod simulation;
+#[cfg(not(feature = "simulation"))]
+mod simulation;
+mod space;
+mod tokens;
 mod view;
+mod write;
+mod writer;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 pub use device::{BlockDevice, Extent, ExtentKind, VisitExtent};
 pub use file_resolver::FileResolver;
 pub use layer::Layer;
 pub use open::{CHAIN_DEPTH_MAX, OpenOptions};
 pub use parents::{DenyParents, ParentCandidate, ParentRequest, ParentResolver};
+pub use plan::{ReadPlan, ReadStep, WritePlan};
 pub use raw::RawDisk;
 pub use replay::ReplayReport;
 
@@ -32,41 +50,78 @@ use crate::format::guid::Guid;
 use crate::format::metadata::DiskType;
 use crate::storage::Storage;
 use crate::units::{BlockIndex, GuestOffset};
+use admission::Admission;
+use bitmap::BitmapKey;
 use device::check_range;
+use gate::Gate;
+use tokens::Wait;
+use writer::{Mode, Writer};
 
 /// An open VHDX image with its chain of parents.
 ///
-/// Reading takes `&self` and works from many threads. A dirty log was replayed into memory; the files are never
-/// changed.
+/// Everything takes `&self` and works from many threads. Opened for reading, a dirty log is replayed into memory and no file
+/// is ever changed. Opened for writing ([`OpenOptions::write`]), the first change starts a session: new identities in the
+/// headers, then every change of metadata through the log. What [`flush`](BlockDevice::flush) said is durable survives any
+/// crash; see `docs/durability.md`. [`Image::close`] ends the session and says whether that worked; dropping the image does
+/// the same without a word. Parents are never written.
 #[derive(Debug)]
 pub struct Image {
+    shared: Arc<Shared>,
+}
+
+/// An image, as its plans share it.
+#[derive(Debug)]
+struct Shared {
     layers: Vec<Layer>,
     parents_missing: bool,
+    admission: Admission,
+    /// There once the image was opened for writing.
+    writer: OnceLock<Writer>,
+    /// True while mapped blocks may be overwritten without further questions.
+    ready: AtomicBool,
+    gate: Gate,
+    /// Plans that were made before there was a writer.
+    loose_plans: AtomicUsize,
 }
 
 impl Image {
-    /// The files of the chain: the image itself, its parent, and so on. Never empty.
+    fn new(layers: Vec<Layer>, parents_missing: bool, admission: Admission) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                layers,
+                parents_missing,
+                admission,
+                writer: OnceLock::new(),
+                ready: AtomicBool::new(false),
+                gate: Gate::default(),
+                loose_plans: AtomicUsize::new(0),
+            }),
+        }
+    }
+
+    /// The files of the chain: the image itself, its parent, and so on. Never empty. What they say about headers is as it
+    /// was when the image was opened.
     #[must_use]
     pub fn layers(&self) -> &[Layer] {
-        &self.layers
+        &self.shared.layers
     }
 
     /// True when the image has a parent and was opened without it.
     #[must_use]
     pub fn parents_missing(&self) -> bool {
-        self.parents_missing
+        self.shared.parents_missing
     }
 
     /// What kind of disk it is.
     #[must_use]
     pub fn disk_type(&self) -> DiskType {
-        self.top().metadata().disk_type()
+        self.shared.top().metadata().disk_type()
     }
 
     /// The numbers that place every byte of the disk.
     #[must_use]
     pub fn geometry(&self) -> &Geometry {
-        self.top().geometry()
+        self.shared.top().geometry()
     }
 
     /// Visits what one layer alone says about a range of its disk: what it leaves to its parent is a hole.
@@ -74,7 +129,7 @@ impl Image {
     /// # Errors
     /// When the layer does not exist, the range is not on its disk, or an entry cannot be used.
     pub fn visit_layer_extents(&self, layer: usize, range: Range<u64>, visit: &mut VisitExtent<'_>) -> Result<()> {
-        let Some(layers) = self.layers.get(layer..=layer) else {
+        let Some(layers) = self.shared.layers.get(layer..=layer) else {
             return Err(Error::new(ErrorKind::InvalidArgument, format!("the chain has no layer {layer}")));
         };
         let size = layers.first().map_or(0, |layer| layer.geometry().disk_size());
@@ -82,6 +137,139 @@ impl Image {
         extents::visit_chain(layers, false, range, &mut |extent| visit(&Extent { layer, ..*extent }))
     }
 
+    /// Plans a read of whole sectors: where the bytes are from the start of the range to the end of that block at most.
+    /// Waits for a trim of that block under way.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for parts of sectors; otherwise as [`BlockDevice::read_at`].
+    pub fn plan_read(&self, range: Range<u64>) -> Result<ReadPlan> {
+        self.shared.plan_read(range, Wait::Yes)?.ok_or_else(session::busy)
+    }
+
+    /// As [`Image::plan_read`], but `None` instead of waiting.
+    ///
+    /// # Errors
+    /// As [`Image::plan_read`].
+    pub fn try_plan_read(&self, range: Range<u64>) -> Result<Option<ReadPlan>> {
+        self.shared.plan_read(range, Wait::No)
+    }
+
+    /// Plans a write of whole sectors, from the start of the range to the end of that block at most: finds space and loads
+    /// the metadata, so that completing the plan needs no I/O. Waits for other changes of that block, also for other plans:
+    /// a thread that has to complete those itself uses [`Image::try_plan_write`].
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use vhdkit::image::{BlockDevice, OpenOptions};
+    /// use vhdkit::ops::create::{CreateOptions, create};
+    /// use vhdkit::storage::{MemoryStorage, Storage};
+    ///
+    /// # fn main() -> vhdkit::Result<()> {
+    /// let file: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    /// create(&file, &CreateOptions::new(64 << 20), &())?;
+    /// let image = OpenOptions::new().write(true).open(file, None)?;
+    ///
+    /// let plan = image.plan_write(4096..8192)?;
+    /// plan.storage().write_at(&[7; 4096], plan.file_offset()).expect("writes to memory");
+    /// plan.complete()?;
+    /// image.flush()?;
+    /// let mut sector = [0; 512];
+    /// image.read_at(&mut sector, 4096)?;
+    /// assert_eq!(sector, [7; 512]);
+    /// image.close()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for parts of sectors; otherwise as [`BlockDevice::write_at`].
+    pub fn plan_write(&self, range: Range<u64>) -> Result<WritePlan> {
+        self.shared.plan_write(range, Wait::Yes)?.ok_or_else(session::busy)
+    }
+
+    /// As [`Image::plan_write`], but `None` instead of waiting.
+    ///
+    /// # Errors
+    /// As [`Image::plan_write`].
+    pub fn try_plan_write(&self, range: Range<u64>) -> Result<Option<WritePlan>> {
+        self.shared.plan_write(range, Wait::No)
+    }
+
+    /// As [`BlockDevice::write_at`], but `false` instead of waiting; some of it may have been written then.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write_at`].
+    pub fn try_write_at(&self, buf: &[u8], offset: u64) -> Result<bool> {
+        self.shared.write(buf, offset, Wait::No).map_err(|error| self.name(error))
+    }
+
+    /// As [`BlockDevice::write_zeroes`], but `false` instead of waiting; some of it may have been done then.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write_zeroes`].
+    pub fn try_write_zeroes(&self, range: Range<u64>, unmap: bool) -> Result<bool> {
+        self.shared.write_zeroes(range, unmap, Wait::No).map_err(|error| self.name(error))
+    }
+
+    /// As [`BlockDevice::discard`], but `false` instead of waiting; some of it may have been done then.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::discard`].
+    pub fn try_discard(&self, range: Range<u64>) -> Result<bool> {
+        self.shared.discard(range, Wait::No).map_err(|error| self.name(error))
+    }
+
+    /// As [`BlockDevice::flush`], but `false`, with nothing promised, instead of waiting for another flush.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::flush`].
+    pub fn try_flush(&self) -> Result<bool> {
+        self.shared.flush_with(Wait::No).map_err(|error| self.name(error))
+    }
+
+    /// Puts a dirty log into place now, instead of with the first change. `None` when it is clean. The image was opened
+    /// with [`OpenOptions::replay`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] when that fails; it may be tried again when only room was missing, and by opening anew in any
+    /// case.
+    pub fn replay(&self) -> Result<Option<ReplayReport>> {
+        self.shared.replay_now().map_err(|error| self.name(error))
+    }
+
+    /// Ends the session of writing: waits up to a minute for operations and plans under way, makes everything durable,
+    /// clears the log, and cuts off space at the end that nothing uses. The image can be read afterwards.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] when plans are still there: nothing has changed, and it may be tried again. [`ErrorKind::Io`] and
+    /// [`ErrorKind::Poisoned`] when writing fails: what was flushed before is safe.
+    pub fn close(&self) -> Result<()> {
+        self.close_within(session::CLOSE_WAIT)
+    }
+
+    /// As [`Image::close`], waiting so long.
+    ///
+    /// # Errors
+    /// As [`Image::close`].
+    pub fn close_within(&self, wait: Duration) -> Result<()> {
+        self.shared.end(wait, Mode::Closed).map_err(|error| self.name(error))
+    }
+
+    /// Changes between reading and writing on the live handle. To reading: the session ends as with [`Image::close`]. To
+    /// writing: the file is locked for it, and everything that must be in order before a first write is checked.
+    ///
+    /// # Errors
+    /// As [`OpenOptions::open`] and [`Image::close`]; the image is as it was then.
+    pub fn reopen(&self, write: bool) -> Result<()> {
+        self.shared.reopen(write).map_err(|error| self.name(error))
+    }
+
+    fn name(&self, error: Error) -> Error {
+        self.shared.top().name_error(error)
+    }
+}
+
+impl Shared {
     fn top(&self) -> &Layer {
         #[expect(clippy::indexing_slicing, reason = "opening pushes the image itself first, and nothing removes it")]
         &self.layers[0]
@@ -150,8 +338,8 @@ impl Image {
         let (mut rest, mut offset) = (buf, offset);
         while !rest.is_empty() {
             let bit = geometry.bitmap_bit(GuestOffset(offset));
-            let page_offset = bat::bitmap_page_offset(bitmap, bit / bitmap::PAGE_BITS);
-            let page = layer.bitmaps().page(page_offset, layer.view())?;
+            let key = BitmapKey { chunk: geometry.chunk_of(block), page: bit / bitmap::PAGE_BITS };
+            let page = layer.bitmaps().page(key, bat::bitmap_page_offset(bitmap, key.page), layer.view())?;
             let in_sector = offset % sector;
             let sectors = (in_sector + rest.len() as u64).div_ceil(sector);
             let (here, count) = bitmap::bit_run(&page, bit % bitmap::PAGE_BITS, sectors);
@@ -176,11 +364,11 @@ impl BlockDevice for Image {
     }
 
     fn logical_sector_size(&self) -> u32 {
-        self.top().metadata().logical_sector_size
+        self.shared.top().metadata().logical_sector_size
     }
 
     fn physical_sector_size(&self) -> u32 {
-        self.top().metadata().physical_sector_size
+        self.shared.top().metadata().physical_sector_size
     }
 
     fn allocation_unit(&self) -> u64 {
@@ -192,32 +380,63 @@ impl BlockDevice for Image {
     }
 
     fn is_read_only(&self) -> bool {
-        true
+        self.shared.writer.get().is_none_or(|writer| writer.mode() != Mode::Writable)
     }
 
     fn disk_id(&self) -> Option<Guid> {
-        Some(self.top().metadata().disk_id)
+        Some(self.shared.top().metadata().disk_id)
     }
 
     #[inline]
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let layer = self.top();
+        let shared = &*self.shared;
+        let layer = shared.top();
         let geometry = layer.geometry();
         check_range(offset, buf.len() as u64, geometry.disk_size())?;
+        // What the entries name now must not be given to another block meanwhile.
+        let _inside = shared.gate.enter();
         // Most reads lie inside one block; the disk reaches as far as the range was checked to.
         let left = geometry.block_size() - geometry.offset_in_block(GuestOffset(offset));
         if buf.len() as u64 <= left && !buf.is_empty() {
-            return self.read_block(0, layer, buf, offset).map_err(|error| layer.name_error(error));
+            return shared.read_block(0, layer, buf, offset).map_err(|error| layer.name_error(error));
         }
-        self.read_layer(0, buf, offset)
+        shared.read_layer(0, buf, offset)
     }
 
     fn visit_extents(&self, range: Range<u64>, visit: &mut VisitExtent<'_>) -> Result<()> {
         check_range(range.start, range.end.saturating_sub(range.start), self.size())?;
-        extents::visit_chain(&self.layers, self.parents_missing, range, visit)
+        extents::visit_chain(&self.shared.layers, self.shared.parents_missing, range, visit)
     }
 
     fn layer_storage(&self, layer: usize) -> Option<Arc<dyn Storage>> {
-        self.layers.get(layer).map(|layer| Arc::clone(layer.storage()))
+        self.shared.layers.get(layer).map(|layer| Arc::clone(layer.storage()))
+    }
+
+    #[inline]
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let geometry = self.geometry();
+        check_range(offset, buf.len() as u64, geometry.disk_size())?;
+        // Most writes lie inside one block that is mapped.
+        let left = geometry.block_size() - geometry.offset_in_block(GuestOffset(offset));
+        if buf.len() as u64 <= left && !buf.is_empty() {
+            match self.shared.write_mapped(buf, offset) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(error) => return Err(self.name(error)),
+            }
+        }
+        self.shared.write(buf, offset, Wait::Yes).map(|_| ()).map_err(|error| self.name(error))
+    }
+
+    fn write_zeroes(&self, range: Range<u64>, unmap: bool) -> Result<()> {
+        self.shared.write_zeroes(range, unmap, Wait::Yes).map(|_| ()).map_err(|error| self.name(error))
+    }
+
+    fn discard(&self, range: Range<u64>) -> Result<()> {
+        self.shared.discard(range, Wait::Yes).map(|_| ()).map_err(|error| self.name(error))
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.shared.flush_with(Wait::Yes).map(|_| ()).map_err(|error| self.name(error))
     }
 }

@@ -4,13 +4,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Image;
+use super::admission::Admission;
 use super::layer::Layer;
 use super::parents::{DenyParents, ParentCandidate, ParentRequest, ParentResolver};
+use super::simulation::BrokenRule;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::finding::{Code, FailFast, Location, Strictness};
 use crate::format::locator::ParentLocator;
 use crate::format::log::GROWTH_MAX;
-use crate::storage::{FileAccess, FileStorage, Sharing, Storage, StorageIdentity};
+use crate::storage::{FileAccess, FileStorage, LockReport, Sharing, Storage, StorageIdentity};
 
 /// Images in a chain at most, the image itself included.
 ///
@@ -37,6 +39,8 @@ pub struct OpenOptions {
     strictness: Strictness,
     sharing: Sharing,
     write: bool,
+    replay: bool,
+    broken: Option<BrokenRule>,
     parents: Option<Arc<dyn ParentResolver>>,
     log_growth_max: u64,
 }
@@ -47,6 +51,8 @@ impl Default for OpenOptions {
             strictness: Strictness::Normal,
             sharing: Sharing::Normal,
             write: false,
+            replay: false,
+            broken: None,
             parents: Some(Arc::new(DenyParents)),
             log_growth_max: GROWTH_MAX,
         }
@@ -74,11 +80,29 @@ impl OpenOptions {
         self
     }
 
-    /// Whether to hold the image for writing: it is locked so, and everything that must be in order before a first
-    /// write is checked, down to every entry of the BAT. Nothing is written.
+    /// Whether to open the image for writing: it is locked so, and everything that must be in order before a first
+    /// write is checked, down to every entry of the BAT. Nothing is written before the first change. Parents are opened
+    /// for reading.
     #[must_use]
     pub fn write(mut self, write: bool) -> Self {
         self.write = write;
+        self
+    }
+
+    /// Whether the first change may put a dirty log into place. Without this an image with a dirty log cannot be opened for
+    /// writing: it may be in use by somebody whose lock cannot be seen from here (Windows, through WSL or a share).
+    #[must_use]
+    pub fn replay(mut self, replay: bool) -> Self {
+        self.replay = replay;
+        self
+    }
+
+    /// Breaks a rule of the order of writes, to prove that the crash simulator finds the loss.
+    #[cfg(feature = "simulation")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn break_rule(mut self, rule: Option<BrokenRule>) -> Self {
+        self.broken = rule;
         self
     }
 
@@ -111,11 +135,7 @@ impl OpenOptions {
         let access = if self.write { FileAccess::Write } else { FileAccess::Read };
         let storage = FileStorage::open(path, access, self.sharing)?;
         let lock = storage.lock_report().clone();
-        let mut image = self.open(Arc::new(storage), Some(path))?;
-        if let Some(layer) = image.layers.first_mut() {
-            layer.lock = Some(lock);
-        }
-        Ok(image)
+        self.open_locked(Arc::new(storage), Some(path), Some(lock))
     }
 
     /// Opens the image in a storage. The name is for messages, and its directory is where parents are looked for.
@@ -123,10 +143,12 @@ impl OpenOptions {
     /// # Errors
     /// When it is not a usable VHDX, or its parents are not.
     pub fn open(&self, storage: Arc<dyn Storage>, name: Option<&Path>) -> Result<Image> {
-        let image = Layer::open(&storage, name, self.strictness, self.log_growth_max)?;
-        if self.write {
-            super::admission::check_writable(&image, self.strictness).map_err(|error| image.name_error(error))?;
-        }
+        self.open_locked(storage, name, None)
+    }
+
+    fn open_locked(&self, storage: Arc<dyn Storage>, name: Option<&Path>, lock: Option<LockReport>) -> Result<Image> {
+        let mut image = Layer::open(&storage, name, self.strictness, self.log_growth_max)?;
+        image.lock = lock;
         let mut identities: Vec<StorageIdentity> = storage.identity().into_iter().collect();
         let mut layers = vec![image];
         while let Some(child) = layers.last().filter(|layer| layer.metadata().has_parent) {
@@ -142,7 +164,12 @@ impl OpenOptions {
             layers.push(parent);
         }
         let complete = layers.last().is_none_or(|deepest| !deepest.metadata().has_parent);
-        Ok(Image { layers, parents_missing: !complete })
+        let admission = Admission { strictness: self.strictness, replay: self.replay, broken: self.broken };
+        let image = Image::new(layers, !complete, admission);
+        if self.write {
+            image.shared.admit()?;
+        }
+        Ok(image)
     }
 
     /// Opens the first candidate that is the right parent.

@@ -7,7 +7,10 @@ use super::view::{LogOverlay, View};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::finding::{Code, Findings, Location};
 use crate::format::header::Header;
-use crate::format::log::{ReplayLimits, Ring, SECTOR, SECTOR_BYTES, find_active_sequence, walk_changes};
+use crate::format::log::{
+    ActiveSequence, Change, ReplayLimits, Ring, SECTOR, SECTOR_BYTES, entries_before, find_active_sequence,
+    walk_changes,
+};
 use crate::format::region;
 use crate::format::space::TakenSpace;
 use crate::storage::Storage;
@@ -83,6 +86,24 @@ impl Ring for FileRing<'_> {
     }
 }
 
+/// For the simulator: the changes of every entry that stands before the active sequence without a gap, oldest first.
+pub(super) fn walk_stale(
+    ring: &mut FileRing<'_>,
+    sequence: &ActiveSequence,
+    header: &Header,
+    apply: &mut dyn FnMut(Change),
+) -> Result<()> {
+    let Some(first) = sequence.entries.first() else { return Ok(()) };
+    let entries = entries_before(ring, first, header.log_guid)?;
+    let limits = ReplayLimits { file_size: u64::MAX, growth_max: 0 };
+    let run = ActiveSequence { entries };
+    let mut findings = crate::format::finding::CollectAll::new(crate::format::finding::Strictness::Lenient);
+    walk_changes(ring, &run, header, limits, &mut findings, &mut |_, change| {
+        apply(change);
+        Ok(())
+    })
+}
+
 /// A change in memory takes about 80 bytes. A page image takes 4 KiB of log and more, but a hostile log could be full of
 /// zero descriptors, which take 32 bytes each: so many bytes of log allow for one change. That keeps the overlay smaller
 /// than a log of 8 MiB or more; over a smaller one it takes about 5 MiB at most.
@@ -142,9 +163,8 @@ pub(crate) fn replay_into_memory(
 
 /// Counts the changed pages by the structure that they belong to, which is known only after replay.
 pub(crate) fn count_touched(view: &View, taken: &TakenSpace) -> Vec<(String, u64)> {
-    let Some(overlay) = view.overlay() else { return Vec::new() };
     let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
-    for (range, _) in overlay.ranges() {
+    for (range, _) in view.changes() {
         let table =
             region::OFFSETS.iter().position(|at| range.start < at + region::TABLE_BYTES as u64 && range.end > *at);
         let name = match (table, taken.overlap(&range)) {

@@ -34,10 +34,11 @@ pub(crate) struct BatScan {
 }
 
 /// One bit per MiB of file.
-struct Marks(Vec<u64>);
+#[derive(Debug)]
+pub(crate) struct Marks(Vec<u64>);
 
 impl Marks {
-    fn new(file_size: u64) -> Result<Self> {
+    pub(crate) fn new(file_size: u64) -> Result<Self> {
         if file_size > FILE_BYTES_MAX {
             let what =
                 format!("the file has {file_size:#x} bytes; files of more than 1 PiB are not checked for overlaps");
@@ -48,8 +49,9 @@ impl Marks {
     }
 
     /// Marks a range; true when some of it was marked before.
-    fn mark(&mut self, start: u64, end: u64) -> bool {
+    pub(crate) fn mark(&mut self, start: u64, end: u64) -> bool {
         let (mut position, end) = (start / MIB, end.div_ceil(MIB));
+        self.reach(end);
         let mut seen = 0;
         while position < end {
             let bits = (64 - position % 64).min(end - position);
@@ -61,6 +63,59 @@ impl Marks {
             position += bits;
         }
         seen != 0
+    }
+
+    /// Takes the marks off a range of whole MiB.
+    pub(crate) fn clear(&mut self, start: u64, end: u64) {
+        let (mut position, end) = (start / MIB, end / MIB);
+        while position < end {
+            let bits = (64 - position % 64).min(end - position);
+            let mask = (u64::MAX >> (64 - bits)) << (position % 64);
+            if let Some(word) = usize::try_from(position / 64).ok().and_then(|word| self.0.get_mut(word)) {
+                *word &= !mask;
+            }
+            position += bits;
+        }
+    }
+
+    /// Where the last mark ends, in MiB.
+    pub(crate) fn end(&self) -> u64 {
+        let last = self.0.iter().rposition(|word| *word != 0);
+        last.map_or(0, |index| {
+            let word = self.0.get(index).copied().unwrap_or_default();
+            index as u64 * 64 + 64 - u64::from(word.leading_zeros())
+        })
+    }
+
+    /// Makes room for marks up to a MiB.
+    fn reach(&mut self, end: u64) {
+        let words = usize::try_from(end.div_ceil(64)).unwrap_or(usize::MAX); // files end below 2^63: at most 2^37 bytes
+        if words > self.0.len() {
+            self.0.resize(words, 0);
+        }
+    }
+
+    /// The first MiB at or behind `from` with which `length` unmarked MiB begin that end at or before `until`.
+    pub(crate) fn find_free(&self, from: u64, until: u64, length: u64) -> Option<u64> {
+        let word_at = |position: u64| {
+            let index = usize::try_from(position / 64).unwrap_or(usize::MAX);
+            self.0.get(index).copied().unwrap_or_default()
+        };
+        let (mut position, mut start) = (from, from);
+        while position < until && start + length <= until {
+            let word = word_at(position) >> (position % 64);
+            let left = 64 - position % 64;
+            if word & 1 == 1 {
+                position += u64::from(word.trailing_ones()).min(left);
+                start = position;
+            } else {
+                position += u64::from(word.trailing_zeros()).min(left);
+            }
+            if position.min(until) - start.min(position) >= length {
+                return Some(start);
+            }
+        }
+        None
     }
 
     /// Bytes of a file that were not marked; the last MiB of the file may be cut short.
@@ -88,20 +143,32 @@ struct Scan<'a, 'l, 'f> {
     overlaps: u32,
 }
 
-/// Judges every entry of a layer's BAT (V-111 to V-122) and counts. `progress` gets blocks done and blocks in all.
+/// As [`scan_marks`], without the marks.
 ///
 /// # Errors
-/// When reading fails, the collector stops at a finding, the file is too long, or `progress` says so.
+/// As [`scan_marks`].
 pub(crate) fn scan_bat(
     layer: &Layer,
     findings: &mut dyn Findings,
     progress: &mut dyn FnMut(u64, u64) -> Result<()>,
 ) -> Result<BatScan> {
+    scan_marks(layer, findings, progress).map(|(scan, _)| scan)
+}
+
+/// Judges every entry of a layer's BAT (V-111 to V-122), counts, and marks what is owned. `progress` gets blocks done and blocks in all.
+///
+/// # Errors
+/// When reading fails, the collector stops at a finding, the file is too long, or `progress` says so.
+pub(crate) fn scan_marks(
+    layer: &Layer,
+    findings: &mut dyn Findings,
+    progress: &mut dyn FnMut(u64, u64) -> Result<()>,
+) -> Result<(BatScan, Marks)> {
     let rules = layer.rules();
     let mut cursor = LayerCursor::new(layer);
-    let mut marks = Marks::new(rules.file_size)?;
+    let mut marks = Marks::new(rules.file_size.get())?;
     for taken in rules.taken.ranges() {
-        marks.mark(taken.range.start, taken.range.end.min(rules.file_size));
+        marks.mark(taken.range.start, taken.range.end.min(rules.file_size.get()));
     }
     let result = BatScan::default();
     let mut scan = Scan { cursor: &mut cursor, layer, findings, marks, result, previous_end: None, overlaps: 0 };
@@ -121,8 +188,8 @@ pub(crate) fn scan_bat(
         }
     }
     let mut result = scan.result;
-    result.leaked_bytes = scan.marks.unmarked(rules.file_size);
-    Ok(result)
+    result.leaked_bytes = scan.marks.unmarked(rules.file_size.get());
+    Ok((result, scan.marks))
 }
 
 /// The place of a state in [`PayloadState::ALL`].
@@ -166,7 +233,7 @@ impl Scan<'_, '_, '_> {
                 Err(finding) => {
                     // What the entry claims is not leaked, whoever else claims it.
                     if let Some(range) = self.rules().owned_range(BatSlot::Payload(BlockIndex(block)), entry) {
-                        self.marks.mark(range.start, range.end.min(self.rules().file_size));
+                        self.marks.mark(range.start, range.end.min(self.rules().file_size.get()));
                     }
                     self.previous_end = None;
                     self.findings.take(finding)?;
@@ -202,7 +269,7 @@ impl Scan<'_, '_, '_> {
             self.previous_end = None;
             return Ok(());
         };
-        if self.marks.mark(range.start, range.end.min(self.rules().file_size)) {
+        if self.marks.mark(range.start, range.end.min(self.rules().file_size.get())) {
             self.report_overlap(index, slot, entry)?;
         }
         if let BatSlot::Payload(_) = slot {

@@ -1,13 +1,15 @@
-//! A file as it is after its log was replayed, without writing to it.
+//! A file as it is after its log was replayed, in memory or in place.
 //!
 //! The overlay holds no page contents: it remembers which sector of the ring a page comes from, so that its size is
 //! bounded by the number of descriptors, not by what they change.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::error::{Error, Result};
+use crate::format::bat::FileSize;
 use crate::format::log::{Change, SECTOR, SECTOR_BYTES, page};
 use crate::storage::Storage;
 
@@ -92,20 +94,37 @@ impl LogOverlay {
 #[derive(Debug)]
 pub(crate) struct View {
     storage: Arc<dyn Storage>,
-    physical_size: u64,
-    size: u64,
-    overlay: Option<LogOverlay>,
+    /// The length of the file itself.
+    physical_size: AtomicU64,
+    /// The length after replay.
+    size: Arc<FileSize>,
+    /// Locked for the time of a read, so that who replays in place knows when nobody reads from the ring any more.
+    overlay: RwLock<Option<LogOverlay>>,
+    /// False once there is no overlay; spares the lock.
+    has_overlay: AtomicBool,
 }
 
 impl View {
     /// The file as it is.
     pub(crate) fn plain(storage: Arc<dyn Storage>, physical_size: u64) -> Self {
-        Self { storage, physical_size, size: physical_size, overlay: None }
+        Self {
+            storage,
+            physical_size: AtomicU64::new(physical_size),
+            size: Arc::new(FileSize::new(physical_size)),
+            overlay: RwLock::new(None),
+            has_overlay: AtomicBool::new(false),
+        }
     }
 
     /// The file with a log replayed over it, at least `size` bytes long.
     pub(crate) fn replayed(storage: Arc<dyn Storage>, physical_size: u64, size: u64, overlay: LogOverlay) -> Self {
-        Self { storage, physical_size, size, overlay: Some(overlay) }
+        Self {
+            storage,
+            physical_size: AtomicU64::new(physical_size),
+            size: Arc::new(FileSize::new(size)),
+            overlay: RwLock::new(Some(overlay)),
+            has_overlay: AtomicBool::new(true),
+        }
     }
 
     pub(crate) fn storage(&self) -> &Arc<dyn Storage> {
@@ -114,42 +133,68 @@ impl View {
 
     /// The length after replay.
     pub(crate) fn size(&self) -> u64 {
-        self.size
+        self.size.get()
+    }
+
+    /// The same, for those who want to know it later too.
+    pub(crate) fn size_cell(&self) -> &Arc<FileSize> {
+        &self.size
     }
 
     pub(crate) fn physical_size(&self) -> u64 {
-        self.physical_size
+        self.physical_size.load(Ordering::Acquire)
     }
 
-    pub(crate) fn overlay(&self) -> Option<&LogOverlay> {
-        self.overlay.as_ref()
+    /// Tells the view that the file has another length now.
+    pub(crate) fn set_size(&self, size: u64) {
+        self.physical_size.store(size, Ordering::Release);
+        self.size.set(size);
+    }
+
+    /// Every range that the log changes, in order; true for zeroed ones.
+    pub(crate) fn changes(&self) -> Vec<(Range<u64>, bool)> {
+        self.overlay
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map_or_else(Vec::new, |overlay| overlay.ranges().collect())
+    }
+
+    /// Forgets the overlay, once everything in it stands in the file. Returns when nobody reads through it any more.
+    pub(crate) fn drop_overlay(&self) {
+        *self.overlay.write().unwrap_or_else(PoisonError::into_inner) = None;
+        self.has_overlay.store(false, Ordering::Release);
     }
 
     /// True when the bytes of a range stand in the file itself, at the same offsets.
     pub(crate) fn is_in_file(&self, range: &Range<u64>) -> bool {
-        range.end <= self.physical_size
-            && self.overlay.as_ref().is_none_or(|overlay| overlay.touching(range.clone()).next().is_none())
+        let touched = || {
+            let overlay = self.overlay.read().unwrap_or_else(PoisonError::into_inner);
+            overlay.as_ref().is_some_and(|overlay| overlay.touching(range.clone()).next().is_some())
+        };
+        range.end <= self.physical_size() && !(self.has_overlay.load(Ordering::Acquire) && touched())
     }
 
     /// Fills `buf`; what lies behind the end of the file reads as zero.
     #[inline]
     pub(crate) fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let inside = offset.checked_add(buf.len() as u64).is_some_and(|end| end <= self.physical_size);
-        if self.overlay.is_none() && inside {
+        let inside = offset.checked_add(buf.len() as u64).is_some_and(|end| end <= self.physical_size());
+        if inside && !self.has_overlay.load(Ordering::Acquire) {
             return self.storage.read_at(buf, offset).map_err(|error| read_failed(offset, buf.len(), error));
         }
         self.read_slowly(buf, offset)
     }
 
     fn read_slowly(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let overlay = self.overlay.read().unwrap_or_else(PoisonError::into_inner);
         let length = buf.len();
-        let there = usize::try_from(self.physical_size.saturating_sub(offset)).unwrap_or(usize::MAX).min(length);
+        let there = usize::try_from(self.physical_size().saturating_sub(offset)).unwrap_or(usize::MAX).min(length);
         let (data, beyond) = buf.split_at_mut(there);
         beyond.fill(0);
         if !data.is_empty() {
             self.storage.read_at(data, offset).map_err(|error| read_failed(offset, length, error))?;
         }
-        let Some(overlay) = &self.overlay else { return Ok(()) };
+        let Some(overlay) = overlay.as_ref() else { return Ok(()) };
         let end = offset.saturating_add(length as u64);
         for (range, source) in overlay.touching(offset..end) {
             let start = range.start.max(offset);
@@ -185,10 +230,11 @@ impl View {
 
     /// The first range at or after `range.start` that may hold data; what lies before it reads as zero.
     pub(crate) fn next_data(&self, range: Range<u64>) -> Result<Option<Range<u64>>> {
-        let inside = range.start..range.end.min(self.physical_size).max(range.start);
+        let inside = range.start..range.end.min(self.physical_size()).max(range.start);
         let found = self.storage.next_data(inside);
         let found = found.map_err(|error| Error::io(format!("cannot look for data at {:#x}", range.start), error))?;
-        let Some(overlay) = &self.overlay else { return Ok(found) };
+        let overlay = self.overlay.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(overlay) = overlay.as_ref() else { return Ok(found) };
         // A page behind what was found is not looked for: that could walk the same zeroed ranges again and again.
         let until = found.as_ref().map_or(range.end, |found| found.start).max(range.start);
         let mut pages = overlay.touching(range.start..until).filter(|(_, source)| *source != Source::Zero);

@@ -115,7 +115,7 @@ fn judge(loaded: Loaded, findings: &mut CollectAll, progress: &dyn Progress) -> 
         disk_type: metadata.disk_type(),
         disk_size: metadata.disk_size,
         block_size: metadata.geometry.block_size(),
-        file_size: layer.rules().file_size,
+        file_size: layer.rules().file_size.get(),
         blocks,
         bitmaps_present,
         fragments,

@@ -1,0 +1,640 @@
+//! Changing the mapping of one block: reserve, hold, prepare, do the payload, publish.
+//!
+//! | from | write | to |
+//! |---|---|---|
+//! | NOT_PRESENT, no parent | any | FULLY_PRESENT, the rest zero |
+//! | NOT_PRESENT, parent | whole block | FULLY_PRESENT |
+//! | NOT_PRESENT, parent | part | PARTIALLY_PRESENT, the block's bits rewritten |
+//! | UNDEFINED, ZERO, UNMAPPED | any | FULLY_PRESENT, the rest zero |
+//! | PARTIALLY_PRESENT | whole block, or the last bits | FULLY_PRESENT |
+//! | PARTIALLY_PRESENT | other bits | more bits |
+//!
+//! Nothing that a reader or a commit sees changes before [`Shared::finish`], which does no I/O.
+
+use std::ops::Range;
+use std::sync::PoisonError;
+
+use super::Shared;
+use super::bat::{bitmap_page_offset, page_of};
+use super::bitmap::{BitmapKey, PAGE_BITS, bit_run, set_bits};
+use super::simulation::{BrokenRule, Phase, enter};
+use super::space::{Given, Holds};
+use super::tokens::{Hold, Wait};
+use super::writer::{Meta, NewBitmap, PageKey, Writer};
+use crate::error::{Error, Result};
+use crate::format::bat::{BITMAP_PRESENT, BatEntry, PayloadState};
+use crate::format::geometry::BITMAP_BLOCK_BYTES;
+use crate::units::{BatIndex, BlockIndex, ChunkIndex, FileOffset, GuestOffset, MIB, round_up};
+
+/// The file grows by at least so much: one change of length for many blocks.
+const GROWTH_STEP: u64 = 64 * MIB;
+/// More freed space than this is settled before the file grows.
+const WAITING_MAX: u64 = 64 * MIB;
+
+/// What finishing a change publishes.
+#[derive(Debug)]
+pub(super) enum Kind {
+    /// Nothing: the range was mapped already.
+    Mapped,
+    /// The block becomes fully present in this space; `None` for space that it owned already.
+    Full(Option<Given>),
+    /// The block becomes partially present in this space, with these bits.
+    Partial(Given, Range<u64>),
+    /// These bits are set.
+    Bits(Range<u64>),
+}
+
+/// A change of one block's mapping under way.
+#[derive(Debug)]
+pub(super) struct Change {
+    pub(super) block: BlockIndex,
+    pub(super) file_offset: u64,
+    kind: Kind,
+    hold: Hold,
+    keys: Vec<PageKey>,
+    /// Bitmap pages that are pinned.
+    pins: Vec<BitmapKey>,
+    /// The chunk whose new sector bitmap this change uses.
+    new_bitmap: Option<ChunkIndex>,
+}
+
+impl Change {
+    /// True when the range is mapped already and is written in place.
+    pub(super) fn is_mapped(&self) -> bool {
+        matches!(self.kind, Kind::Mapped)
+    }
+}
+
+/// What looking at a block again under its token gave.
+enum Prepared {
+    Ready(Change),
+    /// Somebody else was faster.
+    Mapped,
+    Busy,
+}
+
+impl Shared {
+    /// Where a range inside one block lies in the file, if all of it is mapped.
+    pub(super) fn mapped(&self, range: &Range<u64>) -> Result<Option<u64>> {
+        let layer = self.top();
+        let geometry = layer.geometry();
+        let block = geometry.block_of(GuestOffset(range.start));
+        let entry = layer.bat().payload(block, layer.rules(), layer.view())?;
+        let at = || entry.file_offset().0 + geometry.offset_in_block(GuestOffset(range.start));
+        match entry.payload_state() {
+            Some(PayloadState::FullyPresent) => Ok(Some(at())),
+            Some(PayloadState::PartiallyPresent) => Ok(self.has_bits(block, range)?.then(at)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether all sectors of a range inside one partially present block are here.
+    fn has_bits(&self, block: BlockIndex, range: &Range<u64>) -> Result<bool> {
+        let layer = self.top();
+        let geometry = layer.geometry();
+        let bits = self.bits_of(range);
+        let chunk = geometry.chunk_of(block);
+        let bitmap = layer.bat().bitmap(chunk, layer.rules(), layer.view())?;
+        if bitmap.0 == 0 {
+            return Err(Error::from_finding(&layer.rules().bitmap_missing(block)));
+        }
+        let mut bit = bits.start;
+        while bit < bits.end {
+            let key = BitmapKey { chunk, page: bit / PAGE_BITS };
+            let page = layer.bitmaps().page(key, bitmap_page_offset(bitmap, key.page), layer.view())?;
+            let (here, count) = bit_run(&page, bit % PAGE_BITS, bits.end - bit);
+            if !here {
+                return Ok(false);
+            }
+            bit += count.max(1);
+        }
+        Ok(true)
+    }
+
+    /// The bits of a range inside one block, in its chunk's bitmap; sectors that are touched count as a whole.
+    fn bits_of(&self, range: &Range<u64>) -> Range<u64> {
+        let geometry = self.top().geometry();
+        let sector = geometry.logical_sector_size();
+        let first = geometry.bitmap_bit(GuestOffset(range.start));
+        let sectors = range.end.div_ceil(sector) - range.start / sector;
+        first..first + sectors
+    }
+
+    /// Every page that changing a block can touch.
+    fn keys_of(&self, block: BlockIndex) -> Vec<PageKey> {
+        let geometry = self.top().geometry();
+        let mut keys = vec![PageKey::Bat(page_of(geometry.payload_index(block)))];
+        if geometry.is_differencing() {
+            let chunk = geometry.chunk_of(block);
+            let bitmap = PageKey::Bat(page_of(geometry.bitmap_index(chunk)));
+            if keys.first() != Some(&bitmap) {
+                keys.push(bitmap);
+            }
+            let bits = self.bits_of(&self.whole_block(block));
+            let pages = bits.start / PAGE_BITS..bits.end.div_ceil(PAGE_BITS);
+            keys.extend(pages.map(|page| PageKey::Bitmap(BitmapKey { chunk, page })));
+        }
+        keys
+    }
+
+    /// Reserves pages for the next entry, with a commit where that makes room. No lock may be held. False when that means
+    /// waiting and the caller must not.
+    pub(super) fn reserve(&self, writer: &Writer, keys: &[PageKey], wait: Wait) -> Result<bool> {
+        loop {
+            match writer.try_reserve(keys, wait) {
+                Some(true) => return Ok(true),
+                None => return Ok(false),
+                Some(false) => {
+                    let Some(mut commit) = writer.lock_commit(wait) else { return Ok(false) };
+                    self.commit(writer, &mut commit)?;
+                }
+            }
+        }
+    }
+
+    /// Settles freed space before the file would have to grow, when there is much of it.
+    fn settle_freed(&self, writer: &Writer, wait: Wait) -> Result<()> {
+        let block_size = self.top().geometry().block_size();
+        let wanted = {
+            let meta = writer.meta();
+            meta.waiting_bytes >= WAITING_MAX && !meta.space.has_room(block_size)
+        };
+        if wanted && let Some(mut commit) = writer.lock_commit(wait) {
+            self.settle(writer, &mut commit)?;
+        }
+        Ok(())
+    }
+
+    /// Begins to change the mapping of a range inside one block, so that it can be written. The session has started, and
+    /// the operation is counted. `None` when that means waiting and the caller must not.
+    pub(super) fn begin(&self, writer: &Writer, range: &Range<u64>, wait: Wait) -> Result<Option<Change>> {
+        let block = self.top().geometry().block_of(GuestOffset(range.start));
+        loop {
+            if self.mapped(range)?.is_some() {
+                if !writer.tokens.acquire(block, Hold::Use, wait) {
+                    return Ok(None);
+                }
+                match self.use_mapped(writer, block, range, wait) {
+                    Ok(Some(change)) => return Ok(Some(change)),
+                    other => {
+                        writer.tokens.release(block, Hold::Use);
+                        other?;
+                        continue;
+                    }
+                }
+            }
+            self.settle_freed(writer, wait)?;
+            let keys = self.keys_of(block);
+            if !self.reserve(writer, &keys, wait)? {
+                return Ok(None);
+            }
+            if !writer.tokens.acquire(block, Hold::Change, wait) {
+                writer.unreserve(&keys);
+                return Ok(None);
+            }
+            let prepared = self.prepare(writer, block, range, &keys, wait);
+            match prepared {
+                Ok(Prepared::Ready(change)) => return Ok(Some(self.ready_or_broken(writer, change))),
+                other => {
+                    writer.tokens.release(block, Hold::Change);
+                    writer.unreserve(&keys);
+                    match other? {
+                        Prepared::Busy => return Ok(None),
+                        _ => continue,
+                    }
+                }
+            }
+        }
+    }
+
+    /// For the simulator: publishes before the payload is there.
+    fn ready_or_broken(&self, writer: &Writer, change: Change) -> Change {
+        if !writer.breaks(BrokenRule::PublishBeforeData) {
+            return change;
+        }
+        let (block, file_offset) = (change.block, change.file_offset);
+        writer.tokens.acquire(block, Hold::Use, Wait::Yes);
+        self.finish(writer, change);
+        Change {
+            block,
+            file_offset,
+            kind: Kind::Mapped,
+            hold: Hold::Use,
+            keys: Vec::new(),
+            pins: Vec::new(),
+            new_bitmap: None,
+        }
+    }
+
+    /// Looks at a mapped range again under its token.
+    fn use_mapped(&self, writer: &Writer, block: BlockIndex, range: &Range<u64>, wait: Wait) -> Result<Option<Change>> {
+        let Some(file_offset) = self.mapped(range)? else { return Ok(None) };
+        self.reach(writer, file_offset + (range.end - range.start), wait)?;
+        Ok(Some(Change {
+            block,
+            file_offset,
+            kind: Kind::Mapped,
+            hold: Hold::Use,
+            keys: Vec::new(),
+            pins: Vec::new(),
+            new_bitmap: None,
+        }))
+    }
+
+    /// Makes the file long enough for a block whose end it cuts off (old versions of QEMU leave such files).
+    fn reach(&self, writer: &Writer, end: u64, wait: Wait) -> Result<()> {
+        if end <= self.view().physical_size() {
+            return Ok(());
+        }
+        self.grow(writer, wait, |length| (end > length).then_some(end)).map(|_| ())
+    }
+
+    /// Looks at the block under its token, loads what will change, and finds space.
+    fn prepare(
+        &self,
+        writer: &Writer,
+        block: BlockIndex,
+        range: &Range<u64>,
+        keys: &[PageKey],
+        wait: Wait,
+    ) -> Result<Prepared> {
+        if self.mapped(range)?.is_some() {
+            return Ok(Prepared::Mapped);
+        }
+        let layer = self.top();
+        let geometry = *layer.geometry();
+        let entry = layer.bat().payload(block, layer.rules(), layer.view())?;
+        let covers = *range == geometry.block_range(block);
+        layer.bat().pin(geometry.payload_index(block), layer.rules(), layer.view())?;
+        let in_block = geometry.offset_in_block(GuestOffset(range.start));
+        let mut change = Change {
+            block,
+            file_offset: entry.file_offset().0 + in_block,
+            kind: Kind::Mapped,
+            hold: Hold::Change,
+            keys: keys.to_vec(),
+            pins: Vec::new(),
+            new_bitmap: None,
+        };
+        let state = entry.payload_state();
+        let part_of_child = geometry.is_differencing() && state == Some(PayloadState::NotPresent) && !covers;
+        if state == Some(PayloadState::PartiallyPresent) || part_of_child {
+            match self.prepare_bitmap(writer, &mut change, wait) {
+                Ok(true) => {}
+                other => {
+                    self.undo_bitmap(writer, &mut change);
+                    return other.map(|_| Prepared::Busy);
+                }
+            }
+        }
+        if state == Some(PayloadState::PartiallyPresent) {
+            change.kind = if covers { Kind::Full(None) } else { Kind::Bits(self.bits_of(range)) };
+            return Ok(Prepared::Ready(change));
+        }
+        let own = entry.file_offset().0;
+        // What an undefined or unmapped block kept is its own: only its own old data could ever show.
+        let anchored = own != 0 && matches!(state, Some(PayloadState::Undefined | PayloadState::Unmapped));
+        let given = if anchored {
+            Ok(Some(Given { range: own..own + geometry.block_size(), holds: Holds::Stale }))
+        } else {
+            self.allocate(writer, geometry.block_size(), wait)
+        };
+        let zeroed = given.and_then(|given| match given {
+            Some(given) => self
+                .zero_rest(writer, &given, range, in_block)
+                .inspect_err(|_| {
+                    if !anchored {
+                        give_back(&mut writer.meta(), &given);
+                    }
+                })
+                .map(|()| Some(given)),
+            None => Ok(None),
+        });
+        match zeroed {
+            Ok(Some(given)) => {
+                change.file_offset = given.range.start + in_block;
+                change.kind = match (part_of_child, anchored) {
+                    (true, _) => Kind::Partial(given, self.bits_of(range)),
+                    (false, true) => Kind::Full(None),
+                    (false, false) => Kind::Full(Some(given)),
+                };
+                Ok(Prepared::Ready(change))
+            }
+            other => {
+                self.undo_bitmap(writer, &mut change);
+                other.map(|_| Prepared::Busy)
+            }
+        }
+    }
+
+    /// Zeroes what a first write leaves of stale space.
+    fn zero_rest(&self, writer: &Writer, given: &Given, range: &Range<u64>, in_block: u64) -> Result<()> {
+        if given.holds == Holds::Zero || writer.breaks(BrokenRule::StaleSpace) {
+            return Ok(());
+        }
+        let _phase = enter(Phase::Payload);
+        let data = given.range.start + in_block..given.range.start + in_block + (range.end - range.start);
+        for rest in [given.range.start..data.start, data.end..given.range.end] {
+            if !rest.is_empty() {
+                let start = rest.start;
+                let zeroed = self.storage().zero_range(rest);
+                zeroed.map_err(|error| Error::io(format!("cannot zero the new block at {start:#x}"), error))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Pins the pages of the block's bitmap; with a new bitmap block where its chunk has none. False when busy.
+    fn prepare_bitmap(&self, writer: &Writer, change: &mut Change, wait: Wait) -> Result<bool> {
+        let layer = self.top();
+        let geometry = *layer.geometry();
+        let chunk = geometry.chunk_of(change.block);
+        layer.bat().pin(geometry.bitmap_index(chunk), layer.rules(), layer.view())?;
+        let entry = loop {
+            let there = {
+                let mut meta = writer.meta();
+                let entry = layer.bat().bitmap(chunk, layer.rules(), layer.view())?; // in memory: pinned
+                if entry.0 == 0
+                    && let Some(new) = meta.new_bitmaps.get_mut(&chunk)
+                {
+                    new.users += 1;
+                    change.new_bitmap = Some(chunk);
+                }
+                entry
+            };
+            if there.0 != 0 || change.new_bitmap.is_some() {
+                break there;
+            }
+            let Some(given) = self.allocate(writer, BITMAP_BLOCK_BYTES, wait)? else { return Ok(false) };
+            if given.holds == Holds::Stale && !writer.breaks(BrokenRule::BitmapNotZeroed) {
+                let zeroed = self.storage().zero_range(given.range.clone());
+                zeroed.map_err(|error| {
+                    give_back(&mut writer.meta(), &given);
+                    Error::io(format!("cannot zero the new sector bitmap at {:#x}", given.range.start), error)
+                })?;
+            }
+            let mut meta = writer.meta();
+            let taken = layer.bat().bitmap(chunk, layer.rules(), layer.view())?.0 != 0;
+            if taken || meta.new_bitmaps.contains_key(&chunk) {
+                give_back(&mut meta, &given); // somebody else was faster
+            } else {
+                meta.new_bitmaps.insert(chunk, NewBitmap { given, users: 0 });
+            }
+        };
+        let keys: Vec<BitmapKey> = change
+            .keys
+            .iter()
+            .filter_map(|key| if let PageKey::Bitmap(key) = key { Some(*key) } else { None })
+            .collect();
+        for key in keys {
+            let offset = (entry.0 != 0).then(|| bitmap_page_offset(entry, key.page));
+            layer.bitmaps().pin(key, offset, layer.view())?;
+            change.pins.push(key);
+        }
+        Ok(true)
+    }
+
+    /// Lets go of the bitmap pages of a change, and of a new bitmap that nobody published.
+    fn undo_bitmap(&self, writer: &Writer, change: &mut Change) {
+        for key in change.pins.drain(..) {
+            self.top().bitmaps().unpin(key);
+        }
+        let mut meta = writer.meta();
+        if let Some(chunk) = change.new_bitmap.take()
+            && let Some(new) = meta.new_bitmaps.get_mut(&chunk)
+        {
+            new.users = new.users.saturating_sub(1);
+            if new.users == 0
+                && let Some(new) = meta.new_bitmaps.remove(&chunk)
+            {
+                give_back(&mut meta, &new.given);
+            }
+        }
+    }
+
+    /// Takes free space, growing the file where there is none. `None` when that means waiting and the caller must not.
+    fn allocate(&self, writer: &Writer, bytes: u64, wait: Wait) -> Result<Option<Given>> {
+        loop {
+            if let Some(given) = writer.meta().space.take(bytes) {
+                return Ok(Some(given));
+            }
+            let wanted = |length: u64| {
+                let room = writer.meta().space.has_room(bytes);
+                (!room).then(|| length + bytes) // files end below 2^63
+            };
+            if !self.grow(writer, wait, wanted)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Makes the file longer if `wanted` still says so, given its length. False when that means waiting and the caller must
+    /// not.
+    fn grow(&self, writer: &Writer, wait: Wait, wanted: impl Fn(u64) -> Option<u64>) -> Result<bool> {
+        let _growing = match wait {
+            Wait::Yes => writer.growth.lock().unwrap_or_else(PoisonError::into_inner),
+            Wait::No => match writer.growth.try_lock() {
+                Ok(growing) => growing,
+                Err(_) => return Ok(false),
+            },
+        };
+        let length = self.view().physical_size();
+        let Some(least) = wanted(length).and_then(|end| round_up(end, MIB)) else { return Ok(true) };
+        let _phase = enter(Phase::Payload);
+        let step = round_up(length, MIB).unwrap_or(length) + GROWTH_STEP;
+        let grown = match self.storage().set_len(least.max(step)) {
+            // A step too far for a limit or a full device; what is needed may still fit.
+            Err(_) if least < step => self.storage().set_len(least).map(|()| least),
+            other => other.map(|()| least.max(step)),
+        };
+        let new = grown.map_err(|error| Error::io(format!("cannot make the file {least:#x} bytes long"), error))?;
+        self.view().set_size(new);
+        writer.meta().space.grown(new, self.storage().growth_reads_zero());
+        Ok(true)
+    }
+
+    /// Publishes a change: readers and the next commit see it. Does no I/O.
+    pub(super) fn finish(&self, writer: &Writer, mut change: Change) {
+        let pins = std::mem::take(&mut change.pins);
+        {
+            let mut meta = writer.meta();
+            self.publish(writer, &mut meta, &mut change);
+            meta.unreserve(&change.keys);
+        }
+        for key in pins {
+            self.top().bitmaps().unpin(key);
+        }
+        writer.tokens.release(change.block, change.hold);
+        if !change.keys.is_empty() {
+            writer.meta_changed.notify_all();
+        }
+    }
+
+    fn publish(&self, writer: &Writer, meta: &mut Meta, change: &mut Change) {
+        let block = change.block;
+        match &change.kind {
+            Kind::Mapped => {}
+            Kind::Full(given) => {
+                let start = match given {
+                    Some(given) => given.range.start,
+                    None => self.own_space(block),
+                };
+                self.set_entry(
+                    meta,
+                    self.top().geometry().payload_index(block),
+                    PayloadState::FullyPresent.number(),
+                    start,
+                );
+            }
+            Kind::Partial(given, bits) => {
+                let start = given.range.start;
+                if !writer.breaks(BrokenRule::StaleBits) {
+                    let all = self.bits_of(&self.whole_block(block));
+                    self.change_bits(meta, block, &all, false);
+                }
+                self.change_bits(meta, block, bits, true);
+                self.publish_bitmap(meta, change.new_bitmap);
+                self.set_entry(
+                    meta,
+                    self.top().geometry().payload_index(block),
+                    PayloadState::PartiallyPresent.number(),
+                    start,
+                );
+            }
+            Kind::Bits(bits) => {
+                self.change_bits(meta, block, bits, true);
+                if self.has_bits(block, &self.top().geometry().block_range(block)).unwrap_or(false) {
+                    let start = self.own_space(block);
+                    self.set_entry(
+                        meta,
+                        self.top().geometry().payload_index(block),
+                        PayloadState::FullyPresent.number(),
+                        start,
+                    );
+                }
+            }
+        }
+        if let Some(chunk) = change.new_bitmap.take()
+            && let Some(new) = meta.new_bitmaps.get_mut(&chunk)
+        {
+            // Only where a whole block was written after all; nothing uses the bitmap then.
+            new.users = new.users.saturating_sub(1);
+            if new.users == 0
+                && let Some(new) = meta.new_bitmaps.remove(&chunk)
+            {
+                give_back(meta, &new.given);
+            }
+        }
+    }
+
+    /// A block's range, also behind the end of the disk.
+    fn whole_block(&self, block: BlockIndex) -> Range<u64> {
+        let geometry = self.top().geometry();
+        let start = geometry.block_range(block).start;
+        start..start + geometry.block_size() // below 2^46 + 2^28
+    }
+
+    /// Where a block's space begins that it owns already.
+    fn own_space(&self, block: BlockIndex) -> u64 {
+        let layer = self.top();
+        layer.bat().payload(block, layer.rules(), layer.view()).map_or(0, |entry| entry.file_offset().0)
+    }
+
+    /// Publishes a new sector bitmap with the first block that needs it.
+    fn publish_bitmap(&self, meta: &mut Meta, chunk: Option<ChunkIndex>) {
+        if let Some(chunk) = chunk
+            && let Some(new) = meta.new_bitmaps.remove(&chunk)
+        {
+            let index = self.top().geometry().bitmap_index(chunk);
+            self.set_entry(meta, index, BITMAP_PRESENT, new.given.range.start);
+        }
+    }
+
+    /// Changes an entry of the BAT in memory; its page is pinned.
+    pub(super) fn set_entry(&self, meta: &mut Meta, index: BatIndex, state: u64, file_offset: u64) {
+        let entry = BatEntry::new(state, FileOffset(file_offset));
+        match self.top().bat().set(index, entry) {
+            Ok(page) => {
+                meta.mark_dirty(PageKey::Bat(page));
+            }
+            Err(error) => debug_assert!(false, "{error}: every page is pinned before it is changed"),
+        }
+    }
+
+    /// Changes bits of a block in memory; their pages are pinned.
+    fn change_bits(&self, meta: &mut Meta, block: BlockIndex, bits: &Range<u64>, value: bool) {
+        let chunk = self.top().geometry().chunk_of(block);
+        for page in bits.start / PAGE_BITS..bits.end.div_ceil(PAGE_BITS) {
+            let key = BitmapKey { chunk, page };
+            let first = page * PAGE_BITS;
+            let inside = bits.start.max(first) - first..bits.end.min(first + PAGE_BITS) - first;
+            self.top().bitmaps().change(key, |page| set_bits(page, inside, value));
+            if meta.mark_dirty(PageKey::Bitmap(key)) {
+                self.top().bitmaps().pin_again(key);
+            }
+        }
+    }
+
+    /// Undoes a change that was not finished. Its space is stale and free again, unless somebody may still write to it.
+    pub(super) fn undo(&self, writer: &Writer, mut change: Change, reusable: bool) {
+        self.undo_bitmap(writer, &mut change);
+        {
+            let mut meta = writer.meta();
+            if let (true, Kind::Full(Some(given)) | Kind::Partial(given, _)) = (reusable, &change.kind) {
+                give_back(&mut meta, given);
+            }
+            meta.unreserve(&change.keys);
+        }
+        writer.tokens.release(change.block, change.hold);
+        writer.meta_changed.notify_all();
+    }
+
+    /// Takes a block's mapping away: `to` is ZERO or UNMAPPED. Only if its state is still one that `applies`. False when
+    /// that means waiting and the caller must not.
+    pub(super) fn clear_block(
+        &self,
+        writer: &Writer,
+        block: BlockIndex,
+        to: PayloadState,
+        applies: impl Fn(PayloadState) -> bool,
+        wait: Wait,
+    ) -> Result<bool> {
+        let layer = self.top();
+        let index = layer.geometry().payload_index(block);
+        let keys = [PageKey::Bat(page_of(index))];
+        if !self.reserve(writer, &keys, wait)? {
+            return Ok(false);
+        }
+        if !writer.tokens.acquire(block, Hold::Alone, wait) {
+            writer.unreserve(&keys);
+            return Ok(false);
+        }
+        let pinned = layer.bat().pin(index, layer.rules(), layer.view());
+        let entry = pinned.and_then(|()| layer.bat().payload(block, layer.rules(), layer.view()));
+        if let Ok(entry) = &entry
+            && entry.payload_state().is_some_and(&applies)
+        {
+            let mut meta = writer.meta();
+            self.set_entry(&mut meta, index, to.number(), 0);
+            let owned = layer.rules().owned_range(crate::format::geometry::BatSlot::Payload(block), *entry);
+            if let Some(owned) = owned {
+                if writer.breaks(BrokenRule::FreeAtOnce) {
+                    meta.space.give_back(&owned);
+                } else {
+                    meta.free(owned.clone());
+                }
+                drop(meta);
+                if writer.breaks(BrokenRule::PunchAtDiscard) {
+                    let _ = self.storage().punch_hole(owned);
+                }
+            }
+        }
+        writer.unreserve(&keys);
+        writer.tokens.release(block, Hold::Alone);
+        entry.map(|_| true)
+    }
+}
+
+fn give_back(meta: &mut Meta, given: &Given) {
+    meta.space.give_back(&given.range);
+}

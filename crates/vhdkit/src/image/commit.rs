@@ -1,0 +1,398 @@
+//! The commit: how changes in memory become durable.
+//!
+//! ```text
+//! take     under meta, at one instant: the images of all dirty pages, the pending frees, the last file offset
+//! sync     payload and growth are durable, and earlier home writes: every earlier entry is retired now
+//! append   the images, as one entry whose tail is itself
+//! sync     the intent is durable; from here on a crash replays it
+//! home     the images, never the memory of a later moment
+//! retire   what was freed with this commit becomes reusable, once its home writes are durable
+//! ```
+//!
+//! docs/durability.md says why, and which test shows it.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::Shared;
+use super::bat::bitmap_page_offset;
+use super::headers::HeaderPair;
+use super::ring::LogRing;
+use super::simulation::{BrokenRule, Phase, enter};
+use super::tokens::Wait;
+use super::writer::{Meta, PageKey, Taken, TakenPage, Writer};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::{Header, Headers};
+use crate::format::log::{PageToLog, SECTOR};
+use crate::units::MIB;
+
+/// How long a commit waits for reads and writes that may still use freed space, before it leaves that for the next.
+const QUIET_WAIT: Duration = Duration::from_micros(200);
+/// Pages written home at once.
+const HOME_RUN_MAX: usize = 64;
+
+/// What belongs to the commit lock.
+#[derive(Debug)]
+pub(super) struct Commit {
+    pub(super) headers: HeaderPair,
+    /// The log, once the header names its GUID.
+    pub(super) ring: Option<LogRing>,
+    /// Pages whose entry is durable, but that could not be written home for lack of space.
+    unhomed: BTreeMap<u64, TakenPage>,
+    /// Freed; home writes issued, not known to be durable.
+    cooling: Vec<Range<u64>>,
+    /// Freed, and home for certain.
+    cooled: Vec<Range<u64>>,
+    /// The file length that is known to be durable.
+    durable_length: u64,
+    /// Flushes up to this ticket are satisfied.
+    done_ticket: u64,
+    /// The last file offset when the session began; for the simulator.
+    first_last_offset: u64,
+}
+
+impl Commit {
+    pub(super) fn new(headers: &Headers) -> Self {
+        Self {
+            headers: HeaderPair::new(headers),
+            ring: None,
+            unhomed: BTreeMap::new(),
+            cooling: Vec::new(),
+            cooled: Vec::new(),
+            durable_length: 0,
+            done_ticket: 0,
+            first_last_offset: 0,
+        }
+    }
+
+    /// True when nothing that a session wrote waits for anything.
+    pub(super) fn has_unhomed(&self) -> bool {
+        !self.unhomed.is_empty()
+    }
+}
+
+/// True for an error that goes away when room is made.
+pub(super) fn is_full(error: &Error) -> bool {
+    use std::io::ErrorKind as Io;
+    error.io_error().is_some_and(|error| matches!(error.kind(), Io::StorageFull | Io::QuotaExceeded | Io::FileTooLarge))
+}
+
+impl Shared {
+    /// Makes everything durable that was written before the call. False when it would have to wait and must not.
+    pub(super) fn flush_with(&self, wait: Wait) -> Result<bool> {
+        let Some(writer) = self.writer.get() else { return Ok(true) };
+        if let Some(error) = writer.poisoned() {
+            return Err(error);
+        }
+        if !writer.started.load(Ordering::SeqCst) {
+            return Ok(true);
+        }
+        let ticket = writer.tickets.fetch_add(1, Ordering::SeqCst) + 1;
+        let Some(mut commit) = writer.lock_commit(wait) else { return Ok(false) };
+        if commit.done_ticket >= ticket {
+            return Ok(true);
+        }
+        self.commit(writer, &mut commit)?;
+        Ok(true)
+    }
+
+    /// Syncs the file. What was written home before is durable then.
+    fn sync(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
+        let length = self.view().physical_size();
+        let synced = self.storage().sync();
+        synced.map_err(|error| writer.poison(Error::io("cannot make what was written durable", error)))?;
+        commit.durable_length = length;
+        if commit.unhomed.is_empty() {
+            commit.cooled.append(&mut commit.cooling);
+        }
+        Ok(())
+    }
+
+    /// One commit, as the module says. When it fails for lack of space, nothing is lost and the next one tries again.
+    pub(super) fn commit(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
+        if let Some(error) = writer.poisoned() {
+            return Err(error);
+        }
+        if writer.meta().has_dirty() && commit.ring.is_none() {
+            self.open_log(writer, commit)?;
+        }
+        let _phase = enter(Phase::Log);
+        let late = writer.breaks(BrokenRule::TailTooEarly);
+        if !late {
+            self.write_home(writer, commit, Vec::new())?;
+        }
+        let taken = if writer.breaks(BrokenRule::TakeAfterSync) { None } else { Some(self.take(writer)?) };
+        let skip = writer.breaks(BrokenRule::LogBeforeData);
+        if !(skip && taken.as_ref().is_some_and(|taken| !taken.pages.is_empty())) {
+            let synced = self.sync(writer, commit);
+            if let (Err(_), Some(taken)) = (&synced, taken.as_ref()) {
+                self.put_back(writer, taken);
+            }
+            synced?;
+        }
+        let taken = match taken {
+            Some(taken) => taken,
+            None => self.take(writer)?,
+        };
+        if late {
+            self.write_home(writer, commit, Vec::new())?;
+        }
+        self.retire(writer, commit);
+        if taken.pages.is_empty() {
+            commit.done_ticket = taken.ticket;
+            return Ok(());
+        }
+        if let Err(error) = self.log(writer, commit, &taken) {
+            self.put_back(writer, &taken);
+            return Err(error);
+        }
+        commit.done_ticket = taken.ticket;
+        let _phase = enter(Phase::Home);
+        let Taken { pages, mut frees, .. } = taken;
+        if writer.breaks(BrokenRule::FreeAfterTake) {
+            frees.append(&mut writer.meta().frees);
+        }
+        commit.cooling.append(&mut frees);
+        let pages = if writer.breaks(BrokenRule::HomeFromMemory) { self.images_now(writer, pages) } else { pages };
+        if late {
+            commit.unhomed.extend(pages.into_iter().map(|page| (page.file_offset, page)));
+            return Ok(());
+        }
+        match self.write_home(writer, commit, pages) {
+            Err(error) if !is_full(&error) => Err(error),
+            _ => Ok(()), // what found no room is in the log, and is tried again
+        }
+    }
+
+    /// Copies everything dirty at one instant. From then on it is clean.
+    fn take(&self, writer: &Writer) -> Result<Taken> {
+        let mut meta = writer.meta();
+        let ticket = writer.tickets.load(Ordering::SeqCst);
+        let keys = meta.take_dirty();
+        let mut taken = Taken { ticket, last_file_offset: meta.space.high(), ..Taken::default() };
+        for key in keys {
+            let Some(page) = self.image(key) else {
+                drop(meta);
+                let what = format!("the page {key:?} is not fit to be written");
+                return Err(writer.poison(Error::new(ErrorKind::Corrupt, what)));
+            };
+            taken.pages.push(page);
+        }
+        taken.frees = std::mem::take(&mut meta.frees);
+        Ok(taken)
+    }
+
+    /// The image of a page in memory.
+    fn image(&self, key: PageKey) -> Option<TakenPage> {
+        let layer = self.top();
+        match key {
+            PageKey::Bat(number) => {
+                let file_offset = layer.rules().bat_offset.0 + number * SECTOR; // inside the BAT region
+                let bytes = Arc::new(layer.bat().page_bytes(number)?);
+                Some(TakenPage { key, file_offset, bytes })
+            }
+            PageKey::Bitmap(bitmap) => {
+                let entry = layer.bat().bitmap(bitmap.chunk, layer.rules(), layer.view()).ok()?;
+                let file_offset = bitmap_page_offset(entry, bitmap.page).0;
+                Some(TakenPage { key, file_offset, bytes: layer.bitmaps().held(bitmap)? })
+            }
+        }
+    }
+
+    /// For the simulator: the pages as they are now.
+    fn images_now(&self, writer: &Writer, pages: Vec<TakenPage>) -> Vec<TakenPage> {
+        let _meta = writer.meta();
+        pages.into_iter().map(|page| self.image(page.key).unwrap_or(page)).collect()
+    }
+
+    /// A commit could not log what it took: it is dirty again.
+    fn put_back(&self, writer: &Writer, taken: &Taken) {
+        let mut meta = writer.meta();
+        for page in &taken.pages {
+            let new = meta.mark_dirty(page.key);
+            // The pin for being dirty came along with the page; one is enough.
+            if let (false, PageKey::Bitmap(key)) = (new, page.key) {
+                self.top().bitmaps().unpin(key);
+            }
+        }
+        meta.frees.extend(taken.frees.iter().cloned());
+    }
+
+    /// Appends an entry and makes it durable.
+    fn log(&self, writer: &Writer, commit: &mut Commit, taken: &Taken) -> Result<()> {
+        let Some(mut ring) = commit.ring.take() else {
+            return Err(Error::new(ErrorKind::InvalidArgument, "there is no log to write to"));
+        };
+        let logged = self.log_into(writer, commit, &mut ring, taken);
+        commit.ring = Some(ring);
+        logged
+    }
+
+    fn log_into(&self, writer: &Writer, commit: &mut Commit, ring: &mut LogRing, taken: &Taken) -> Result<()> {
+        ring.prepare(self.storage(), taken.pages.len() as u64)?;
+        let mut pages: Vec<TakenPage> = taken.pages.clone();
+        if writer.breaks(BrokenRule::PageFromDisk) {
+            self.patch_file_pages(&mut pages);
+        }
+        let pages: Vec<PageToLog<'_>> =
+            pages.iter().map(|page| PageToLog { file_offset: page.file_offset, bytes: &page.bytes }).collect();
+        let length = if writer.breaks(BrokenRule::FlushedOffsetAhead) {
+            self.view().physical_size()
+        } else {
+            commit.durable_length
+        };
+        let frozen = writer.breaks(BrokenRule::LastOffsetFrozen);
+        let last = if frozen { commit.first_last_offset } else { taken.last_file_offset };
+        let over = writer.breaks(BrokenRule::RingReuse);
+        let flushed = length - length % MIB;
+        if writer.breaks(BrokenRule::HomeBeforeLogSync) {
+            self.write_home(writer, commit, taken.pages.clone())?;
+        }
+        let (first, rest) = pages.split_at(if writer.breaks(BrokenRule::SplitEntry) { 1 } else { pages.len() });
+        let mut appended = ring.append(self.storage(), first, flushed, last, over);
+        if !rest.is_empty() && appended.is_ok() {
+            appended = ring.append(self.storage(), rest, flushed, last, over);
+        }
+        appended.map_err(|error| writer.poison(error))?;
+        self.sync(writer, commit)
+    }
+
+    /// For the simulator: pages that take over only what differs from the file in the entries changed last.
+    fn patch_file_pages(&self, pages: &mut [TakenPage]) {
+        for page in pages {
+            let mut bytes = [0; 4096];
+            if self.storage().read_at(&mut bytes, page.file_offset).is_err() {
+                continue;
+            }
+            // Only the last entry that differs comes from memory.
+            let differs =
+                |index: &usize| page.bytes.get(index * 8..index * 8 + 8) != bytes.get(index * 8..index * 8 + 8);
+            if let Some(index) = (0..512).rev().find(differs)
+                && let (Some(to), Some(from)) =
+                    (bytes.get_mut(index * 8..index * 8 + 8), page.bytes.get(index * 8..index * 8 + 8))
+            {
+                to.copy_from_slice(from);
+            }
+            page.bytes = Arc::new(bytes);
+        }
+    }
+
+    /// Writes pages home whose entry is durable, and those that found no room before.
+    fn write_home(&self, writer: &Writer, commit: &mut Commit, pages: Vec<TakenPage>) -> Result<()> {
+        for page in pages {
+            if let Some(older) = commit.unhomed.insert(page.file_offset, page) {
+                self.unpin(&older);
+            }
+        }
+        while !commit.unhomed.is_empty() {
+            let mut run: Vec<&TakenPage> = Vec::new();
+            for page in commit.unhomed.values() {
+                let follows = run.last().is_none_or(|last| last.file_offset + SECTOR == page.file_offset);
+                if !follows || run.len() == HOME_RUN_MAX {
+                    break;
+                }
+                run.push(page);
+            }
+            let Some(start) = run.first().map(|page| page.file_offset) else { break };
+            let bytes: Vec<u8> = run.iter().flat_map(|page| page.bytes.iter().copied()).collect();
+            let count = run.len() as u64;
+            if let Err(error) = self.storage().write_at(&bytes, start) {
+                let error = Error::io(format!("cannot write metadata at {start:#x}"), error);
+                return Err(if is_full(&error) { error } else { writer.poison(error) });
+            }
+            for number in 0..count {
+                if let Some(page) = commit.unhomed.remove(&(start + number * SECTOR)) {
+                    self.unpin(&page);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn unpin(&self, page: &TakenPage) {
+        if let PageKey::Bitmap(key) = page.key {
+            self.top().bitmaps().unpin(key);
+        }
+    }
+
+    /// Gives freed space back whose unmapping is home for certain, unless somebody may still use it.
+    pub(super) fn retire(&self, writer: &Writer, commit: &mut Commit) {
+        if commit.cooled.is_empty() || !self.gate.is_quiet(QUIET_WAIT) {
+            return;
+        }
+        let _phase = enter(Phase::Retire);
+        for range in std::mem::take(&mut commit.cooled) {
+            // It is stale whether or not the file system took it back.
+            let _ = self.storage().punch_hole(range.clone());
+            let mut meta = writer.meta();
+            give_back(&mut meta, &range);
+            meta.waiting_bytes = meta.waiting_bytes.saturating_sub(range.end - range.start);
+        }
+        writer.meta_changed.notify_all();
+    }
+
+    /// Commits and syncs until what was freed can be used again.
+    pub(super) fn settle(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
+        self.commit(writer, commit)?;
+        self.sync(writer, commit)?;
+        self.retire(writer, commit);
+        Ok(())
+    }
+
+    /// Begins a log session: an entry first, then the GUID that points to it (W-021).
+    fn open_log(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
+        let _phase = enter(Phase::Start);
+        let mut ring = LogRing::new(commit.headers.current());
+        ring.prepare(self.storage(), 0)?;
+        let last = writer.meta().space.high();
+        commit.first_last_offset = last;
+        let guid = ring.guid();
+        if writer.breaks(BrokenRule::GuidBeforeEntry) {
+            self.update_headers(writer, commit, |header| header.log_guid = guid)?;
+        }
+        let flushed = commit.durable_length - commit.durable_length % MIB;
+        ring.append(self.storage(), &[], flushed, last, false).map_err(|error| writer.poison(error))?;
+        self.sync(writer, commit)?;
+        if !writer.breaks(BrokenRule::GuidBeforeEntry) {
+            self.update_headers(writer, commit, |header| header.log_guid = guid)?;
+        }
+        commit.ring = Some(ring);
+        Ok(())
+    }
+
+    /// Changes both headers, one after the other, each durable before the next (W-001, W-027).
+    pub(super) fn update_headers(
+        &self,
+        writer: &Writer,
+        commit: &mut Commit,
+        change: impl FnOnce(&mut Header),
+    ) -> Result<()> {
+        let mut wanted = *commit.headers.current();
+        change(&mut wanted);
+        let clears = commit.headers.current().is_dirty() && !wanted.is_dirty();
+        let copies = if clears && writer.breaks(BrokenRule::ClearOneSlot) { 1 } else { 2 };
+        for copy in 0..copies {
+            commit.headers.verify(self.storage()).map_err(|error| writer.poison(error))?;
+            let written = commit.headers.write_next(self.storage(), &wanted);
+            let header = written.map_err(|error| writer.poison(error))?;
+            if !(copy == 0 && writer.breaks(BrokenRule::HeadersTogether)) {
+                self.sync(writer, commit)?;
+            }
+            commit.headers.written(header);
+        }
+        Ok(())
+    }
+
+    /// Syncs for who ends a session.
+    pub(super) fn sync_for_close(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
+        self.write_home(writer, commit, Vec::new())?;
+        self.sync(writer, commit)
+    }
+}
+
+fn give_back(meta: &mut Meta, range: &Range<u64>) {
+    meta.space.give_back(range);
+}

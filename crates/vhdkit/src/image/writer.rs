@@ -1,0 +1,363 @@
+//! What an image has in memory while it may be written.
+//!
+//! ```text
+//! Locks, acquired downwards, never upwards:
+//!   1. admission    nothing held: the session is started, pages of the next log entry are reserved
+//!   2. commit       one at a time; the only lock held across a sync; never taken while a token or meta is held
+//!   3. block token  owned, by block number, may cross threads (tokens.rs)
+//!   4. growth       one at a time makes the file longer
+//!   5. meta         free space, dirty pages; held for microseconds, no I/O
+//! ```
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::bitmap::BitmapKey;
+use super::commit::Commit;
+use super::ring::pages_max;
+use super::simulation::BrokenRule;
+use super::space::{Given, Space};
+use super::tokens::{Tokens, Wait};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::Header;
+use crate::units::ChunkIndex;
+
+/// Bytes of a page of metadata.
+pub(super) type PageBytes = [u8; 4096];
+
+/// A page that commits write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum PageKey {
+    /// A page of the BAT, by number.
+    Bat(u64),
+    /// A page of a sector bitmap.
+    Bitmap(BitmapKey),
+}
+
+/// Why a page counts towards the next entry.
+#[derive(Clone, Copy, Debug, Default)]
+struct PageUse {
+    /// Changed since the last commit took its pages.
+    dirty: bool,
+    /// So many operations under way may change it.
+    reserved: u32,
+}
+
+/// Space for a sector bitmap that first writes under way will publish.
+#[derive(Debug)]
+pub(super) struct NewBitmap {
+    pub(super) given: Given,
+    pub(super) users: u32,
+}
+
+/// What is changed in memory at one instant.
+#[derive(Debug)]
+pub(super) struct Meta {
+    pages: BTreeMap<PageKey, PageUse>,
+    dirty: usize,
+    pub(super) space: Space,
+    /// Freed since the last commit took its pages.
+    pub(super) frees: Vec<Range<u64>>,
+    /// Bytes freed, but not given back yet.
+    pub(super) waiting_bytes: u64,
+    pub(super) new_bitmaps: HashMap<ChunkIndex, NewBitmap>,
+}
+
+impl Meta {
+    pub(super) fn has_dirty(&self) -> bool {
+        self.dirty > 0
+    }
+
+    /// Marks a page changed; true when it was not before.
+    pub(super) fn mark_dirty(&mut self, key: PageKey) -> bool {
+        let page = self.pages.entry(key).or_default();
+        let new = !page.dirty;
+        page.dirty = true;
+        self.dirty += usize::from(new);
+        new
+    }
+
+    /// Reserves pages if they fit beside what is dirty and reserved already.
+    fn reserve(&mut self, keys: &[PageKey], capacity: usize) -> bool {
+        let more = keys.iter().filter(|key| !self.pages.contains_key(key)).count();
+        if self.pages.len() + more > capacity {
+            return false;
+        }
+        for key in keys {
+            self.pages.entry(*key).or_default().reserved += 1;
+        }
+        true
+    }
+
+    pub(super) fn unreserve(&mut self, keys: &[PageKey]) {
+        for key in keys {
+            if let Some(page) = self.pages.get_mut(key) {
+                page.reserved = page.reserved.saturating_sub(1);
+                if page.reserved == 0 && !page.dirty {
+                    self.pages.remove(key);
+                }
+            }
+        }
+    }
+
+    /// The dirty pages, which are clean from here on.
+    pub(super) fn take_dirty(&mut self) -> Vec<PageKey> {
+        let keys: Vec<PageKey> = self.pages.iter().filter(|(_, page)| page.dirty).map(|(key, _)| *key).collect();
+        self.pages.retain(|_, page| {
+            page.dirty = false;
+            page.reserved > 0
+        });
+        self.dirty = 0;
+        keys
+    }
+
+    /// Takes note of freed space.
+    pub(super) fn free(&mut self, range: Range<u64>) {
+        self.waiting_bytes += range.end - range.start;
+        self.frees.push(range);
+    }
+}
+
+/// Whether and how the image takes writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Mode {
+    /// Reading only.
+    ReadOnly = 0,
+    /// Reading and writing.
+    Writable = 1,
+    /// On the way out: nothing new begins.
+    Closing = 2,
+    /// Closed for good.
+    Closed = 3,
+}
+
+/// The writer of an image.
+#[derive(Debug)]
+pub(super) struct Writer {
+    pub(super) tokens: Tokens,
+    meta: Mutex<Meta>,
+    /// Reserved pages or space were given back.
+    pub(super) meta_changed: Condvar,
+    pub(super) commit: Mutex<Commit>,
+    pub(super) growth: Mutex<()>,
+    mode: AtomicU8,
+    /// True once the session's GUIDs are durable in both headers.
+    pub(super) started: AtomicBool,
+    /// Operations and plans under way.
+    active: Mutex<u64>,
+    active_changed: Condvar,
+    poison: OnceLock<String>,
+    /// Flushes that were asked for.
+    pub(super) tickets: AtomicU64,
+    /// Pages that one entry of the log holds.
+    capacity: usize,
+    pub(super) is_fixed: bool,
+    pub(super) broken: Option<BrokenRule>,
+}
+
+/// Counts an operation while it lasts.
+#[derive(Debug)]
+pub(super) struct Active<'a>(&'a Writer);
+
+impl Active<'_> {
+    /// The operation goes on in a plan, which ends it by [`Writer::leave`].
+    pub(super) fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Active<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}
+
+impl Writer {
+    pub(super) fn new(commit: Commit, header: &Header, space: Space, is_fixed: bool) -> Self {
+        let meta = Meta {
+            pages: BTreeMap::new(),
+            dirty: 0,
+            space,
+            frees: Vec::new(),
+            waiting_bytes: 0,
+            new_bitmaps: HashMap::new(),
+        };
+        Self {
+            tokens: Tokens::default(),
+            meta: Mutex::new(meta),
+            meta_changed: Condvar::new(),
+            commit: Mutex::new(commit),
+            growth: Mutex::new(()),
+            mode: AtomicU8::new(Mode::ReadOnly as u8),
+            started: AtomicBool::new(false),
+            active: Mutex::new(0),
+            active_changed: Condvar::new(),
+            poison: OnceLock::new(),
+            tickets: AtomicU64::new(0),
+            capacity: usize::try_from(pages_max(header.log_length)).unwrap_or(usize::MAX),
+            is_fixed,
+            broken: None,
+        }
+    }
+
+    /// Whether a rule is broken on purpose; only ever in the crash simulator's tests.
+    #[inline]
+    pub(super) fn breaks(&self, rule: BrokenRule) -> bool {
+        cfg!(feature = "simulation") && self.broken == Some(rule)
+    }
+
+    pub(super) fn meta(&self) -> MutexGuard<'_, Meta> {
+        // Nothing in there panics halfway; were it to, the sums below would still err on the side of "taken".
+        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The commit lock; `None` when it is busy and the caller does not wait.
+    pub(super) fn lock_commit(&self, wait: Wait) -> Option<MutexGuard<'_, Commit>> {
+        match wait {
+            Wait::Yes => Some(self.commit.lock().unwrap_or_else(PoisonError::into_inner)),
+            Wait::No => match self.commit.try_lock() {
+                Ok(commit) => Some(commit),
+                Err(std::sync::TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+                Err(std::sync::TryLockError::WouldBlock) => None,
+            },
+        }
+    }
+
+    pub(super) fn mode(&self) -> Mode {
+        match self.mode.load(Ordering::SeqCst) {
+            1 => Mode::Writable,
+            2 => Mode::Closing,
+            3 => Mode::Closed,
+            _ => Mode::ReadOnly,
+        }
+    }
+
+    pub(super) fn set_mode(&self, mode: Mode) {
+        self.mode.store(mode as u8, Ordering::SeqCst);
+    }
+
+    /// Changes the mode if it is `from`.
+    pub(super) fn change_mode(&self, from: Mode, to: Mode) -> bool {
+        self.mode.compare_exchange(from as u8, to as u8, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// The error that everything gets which would write after a failure; `None` when there was none.
+    pub(super) fn poisoned(&self) -> Option<Error> {
+        self.poison.get().map(|why| {
+            let what = format!("nothing is written any more after an earlier failure ({why})");
+            Error::new(ErrorKind::Poisoned, what)
+                .with_hint("what was flushed before is safe; open the image again, which replays its log")
+        })
+    }
+
+    /// Ends all writing for good. Gives the error back for who met it.
+    pub(super) fn poison(&self, error: Error) -> Error {
+        let _ = self.poison.set(error.to_string()); // the first failure is the one to tell
+        error.with_hint(
+            "the image writes nothing any more; what was flushed before is safe, and opening it again replays its log",
+        )
+    }
+
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.poison.get().is_some()
+    }
+
+    /// Begins an operation that may change the image.
+    pub(super) fn enter(&self) -> Result<Active<'_>> {
+        *self.lock_active() += 1;
+        let active = Active(self);
+        match self.mode() {
+            Mode::Writable => {}
+            Mode::ReadOnly => return Err(read_only()),
+            Mode::Closing => return Err(Error::new(ErrorKind::Busy, "the image is being closed")),
+            Mode::Closed => return Err(Error::new(ErrorKind::ReadOnly, "the image was closed")),
+        }
+        match self.poisoned() {
+            Some(error) => Err(error),
+            None => Ok(active),
+        }
+    }
+
+    /// Counts a plan that only reads.
+    pub(super) fn count(&self) {
+        *self.lock_active() += 1;
+    }
+
+    /// Ends an operation or a plan.
+    pub(super) fn leave(&self) {
+        let mut active = self.lock_active();
+        *active = active.saturating_sub(1);
+        if *active == 0 {
+            self.active_changed.notify_all();
+        }
+    }
+
+    fn lock_active(&self) -> MutexGuard<'_, u64> {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until nothing is under way; false when that takes too long.
+    pub(super) fn wait_idle(&self, wait: Duration) -> bool {
+        let deadline = Instant::now() + wait;
+        let mut active = self.lock_active();
+        while *active > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            active = self.active_changed.wait_timeout(active, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Reserves pages of the next entry: `Some(true)` when they are, `Some(false)` when a commit would make room, `None`
+    /// when they are all reserved by others and the caller does not wait.
+    pub(super) fn try_reserve(&self, keys: &[PageKey], wait: Wait) -> Option<bool> {
+        let mut meta = self.meta();
+        loop {
+            if meta.reserve(keys, self.capacity) {
+                return Some(true);
+            }
+            if meta.has_dirty() {
+                return Some(false);
+            }
+            if wait == Wait::No {
+                return None;
+            }
+            meta = self.meta_changed.wait(meta).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Gives reserved pages back.
+    pub(super) fn unreserve(&self, keys: &[PageKey]) {
+        self.meta().unreserve(keys);
+        self.meta_changed.notify_all();
+    }
+}
+
+/// The error for writing to an image that was opened for reading.
+pub(super) fn read_only() -> Error {
+    Error::new(ErrorKind::ReadOnly, "the image was opened for reading only")
+}
+
+/// A page taken for a commit.
+#[derive(Clone, Debug)]
+pub(super) struct TakenPage {
+    pub(super) key: PageKey,
+    pub(super) file_offset: u64,
+    pub(super) bytes: Arc<PageBytes>,
+}
+
+/// Everything that a commit took at one instant.
+#[derive(Debug, Default)]
+pub(super) struct Taken {
+    pub(super) ticket: u64,
+    pub(super) pages: Vec<TakenPage>,
+    pub(super) frees: Vec<Range<u64>>,
+    /// The end of everything that is owned.
+    pub(super) last_file_offset: u64,
+}
