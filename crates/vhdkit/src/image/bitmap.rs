@@ -62,7 +62,7 @@ impl BitmapCache {
     }
 
     fn shard(&self, key: BitmapKey) -> MutexGuard<'_, Shard> {
-        let number = (key.page ^ key.chunk.0) as usize % SHARDS; // only the low bits matter
+        let number = usize::try_from((key.page ^ key.chunk.0) % SHARDS as u64).unwrap_or_default();
         self.shards.get(number).unwrap_or(&self.shards[0]).lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -78,7 +78,8 @@ pub(crate) struct Tokens {
 
 impl Tokens {
     fn shard(&self, block: BlockIndex) -> &Shard {
-        self.shards.get(block.0 as usize % SHARDS).unwrap_or(&self.shards[0]) // only the low bits matter
+        let number = usize::try_from(block.0 % SHARDS as u64).unwrap_or_default();
+        self.shards.get(number).unwrap_or(&self.shards[0])
     }
 
     /// Takes a token; false when it is busy and the caller does not wait. Has to be given back by [`Tokens::release`].
