@@ -107,7 +107,9 @@
 
 pub mod builder;
 pub mod content;
+pub mod counting;
 pub mod dirty;
+pub mod faulty;
 pub mod foreign;
 pub mod guid;
 pub mod harness;
@@ -123,7 +125,9 @@ pub mod storage_suite;
 
 pub use builder::{BitmapSpec, BlockSpec, BuiltImage, ImageBuilder, Place};
 pub use content::{Content, SectorMask, pattern};
+pub use counting::{CountingStorage, Counts, Method};
 pub use dirty::DirtyPlan;
+pub use faulty::FaultyStorage;
 pub use guid::Guid;
 pub use layout::{Geometry, Layout};
 pub use log::{DescriptorSpec, LogEntrySpec, LogRing};
