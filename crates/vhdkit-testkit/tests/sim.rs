@@ -410,6 +410,37 @@ fn a_program_that_complains_or_panics_is_a_violation_too() {
     assert_eq!(panics.violation.unwrap().message, "panic: out of order");
 }
 
+/// Panics over a page that is torn.
+struct PanickingJudge;
+
+impl Judge for PanickingJudge {
+    fn judge(&self, image: &CrashImage, _history: &SectorHistory, _case: &mut Case) -> Result<(), String> {
+        let mut bytes = [0; 4096];
+        image.read_at(&mut bytes, 0).unwrap();
+        assert!(bytes[0] == bytes[4095], "torn");
+        Ok(())
+    }
+}
+
+#[test]
+fn a_judge_that_panics_has_found_something() {
+    let mut file = PageMap::new();
+    file.write(0, &[1; 4096]);
+    let program = |rng: &mut Rng, lab: &Lab| {
+        let history = SectorHistory::new(PAGE, Default::default());
+        let setup = Setup { file: file.clone(), history, judge: Arc::new(PanickingJudge), phase_source: || "payload" };
+        let sim = lab.start(setup);
+        sim.storage().write_at(&[2; 4096], 0).unwrap();
+        assert!([1, 2].contains(&sim.crash(rng).pages().page(0).unwrap().bytes()[9]));
+        sim.storage().sync().map_err(|error| error.to_string())
+    };
+    let campaign = Campaign { programs_max: Some(1), ..Campaign::default() };
+    let violation = campaign.run(&program).violation.unwrap();
+    assert_eq!(violation.message, "panic: torn");
+    let again = campaign.replay(&program, 1, &violation.state.unwrap().to_string()).unwrap();
+    assert_eq!(again.verdict.unwrap_err(), "panic: torn");
+}
+
 #[test]
 fn time_ends_a_campaign() {
     let campaign = Campaign { time_max: Some(Duration::from_millis(300)), ..Campaign::default() };

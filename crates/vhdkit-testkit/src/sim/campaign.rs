@@ -134,6 +134,13 @@ impl SimHandle {
         self.lab.look(&self.storage, &self.history, &*self.judge, None);
     }
 
+    /// Cuts the power for good: one of the things that may be left, for the program to start again from.
+    #[must_use]
+    pub fn crash(&self, rng: &mut Rng) -> CrashImage {
+        let point = self.storage.crash_point();
+        CrashImage::new(point.build(&point.random_state(rng.next_u64())))
+    }
+
     /// What is promised has changed, other than by a flush of the history.
     pub fn promise(&self) {
         lock(&self.lab.record).promises += 1;
@@ -314,7 +321,7 @@ impl LabState {
             if wanted.moment == moment {
                 let image = CrashImage::new(point.build(&wanted.state));
                 let mut case = Case::new(case_seed(self.seed, &wanted.state));
-                let verdict = judge.judge(&image, &history, &mut case);
+                let verdict = judge_safely(judge, &image, &history, &mut case);
                 lock(&self.record).found = Some(Replayed { point, image, verdict });
             }
             return;
@@ -368,7 +375,7 @@ impl LabState {
                 }
             }
             let mut case = Case::new(case_seed(self.seed, state));
-            let verdict = judge.judge(&CrashImage::new(pages), history, &mut case);
+            let verdict = judge_safely(judge, &CrashImage::new(pages), history, &mut case);
             let mut record = lock(&self.record);
             for (phase, hash) in case.counted {
                 record.phases.entry(phase).or_default().states += 1;
@@ -397,6 +404,18 @@ impl Record {
     fn is_over(&self) -> bool {
         self.violation.is_some() || self.found.is_some()
     }
+}
+
+/// Judges; a panic over an image is a violation like others, and must not unwind through the code under test.
+fn judge_safely(judge: &dyn Judge, image: &CrashImage, history: &SectorHistory, case: &mut Case) -> Result<(), String> {
+    catch_unwind(AssertUnwindSafe(|| judge.judge(image, history, case)))
+        .unwrap_or_else(|panic| Err(panic_text(&*panic)))
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    format!("panic: {}", text.unwrap_or("without a message"))
 }
 
 /// The seed of what a judge does at random with a state.
@@ -593,11 +612,7 @@ fn run_one(program: &dyn Program, lab: Lab) -> Record {
     let message = match result {
         Ok(Ok(())) => None,
         Ok(Err(message)) => Some(message),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-            Some(format!("panic: {}", text.unwrap_or("without a message")))
-        }
+        Err(panic) => Some(panic_text(&*panic)),
     };
     let mut record = std::mem::take(&mut *lock(&lab.state.record));
     if let Some(message) = message

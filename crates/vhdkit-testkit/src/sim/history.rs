@@ -377,6 +377,30 @@ impl SectorHistory {
         Ok(())
     }
 
+    /// Settles every sector that can hold anything but zero, with what `read` gives for a byte offset.
+    ///
+    /// # Errors
+    /// As [`SectorHistory::settle`], and what `read` says.
+    pub fn settle_all(&mut self, mut read: impl FnMut(&mut [u8], u64) -> Result<(), String>) -> Result<(), String> {
+        for sectors in self.interesting() {
+            let mut bytes = vec![0; (sectors.end - sectors.start) as usize * SECTOR_LENGTH];
+            read(&mut bytes, sectors.start * SECTOR_BYTES)?;
+            for (sector, piece) in sectors.zip(bytes.chunks_exact(SECTOR_LENGTH)) {
+                self.settle(sector, piece)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Somebody has read sectors that follow each other ([`SectorHistory::observe`]).
+    ///
+    /// # Errors
+    /// As [`SectorHistory::current`].
+    pub fn observe_run(&mut self, first: u64, bytes: &[u8]) -> Result<(), String> {
+        let mut sectors = (first..).zip(bytes.chunks_exact(SECTOR_LENGTH));
+        sectors.try_for_each(|(sector, piece)| self.observe(sector, piece))
+    }
+
     /// The sectors that can hold anything but zero, or ever could, and their neighbours: as ranges in order. Everywhere else
     /// the disk is zero.
     #[must_use]
@@ -618,5 +642,16 @@ mod tests {
         history.settle(5, &ZEROS).unwrap();
         assert!(history.allowed(5, &bytes).is_err());
         assert!(history.settle(5, &bytes).is_err());
+        let (ticket, bytes) = history.start_write(6, 2);
+        history.finish(ticket);
+        history.observe_run(5, &[&ZEROS, &bytes[..]].concat()).unwrap();
+        let left = [&bytes[..512], &ZEROS].concat();
+        let read = |buf: &mut [u8], offset: u64| {
+            assert_eq!((offset, buf.len()), (4 * 512, 5 * 512), "5 to 7, and a neighbour on each side");
+            buf[1024..2048].copy_from_slice(&left);
+            Ok(())
+        };
+        history.settle_all(read).unwrap();
+        assert!(history.observe_run(6, &bytes).is_err() && history.observe_run(6, &left).is_ok());
     }
 }
