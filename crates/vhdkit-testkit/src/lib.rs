@@ -1,7 +1,8 @@
 //! Test support of vhdkit: images made byte by byte from the specification, the disk a guest must see in them,
 //! dirty logs, and strangers to judge the result.
 //!
-//! Nothing here but the storage suite uses the library under test: one mind must not write both sides.
+//! Nothing here but the storage suite and the crash simulator uses the library under test: one mind must not write
+//! both sides.
 //!
 //! ```text
 //! ImageBuilder --build--> BuiltImage { file: SparseFile, model: ModelDisk, layout: Layout }
