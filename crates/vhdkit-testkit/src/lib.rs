@@ -1,7 +1,8 @@
 //! Test support of vhdkit: images made byte by byte from the specification, the disk a guest must see in them,
 //! dirty logs, and strangers to judge the result.
 //!
-//! Nothing here but the storage suite uses the library under test: one mind must not write both sides.
+//! Nothing here but the storage suite and the crash simulator uses the library under test: one mind must not write
+//! both sides.
 //!
 //! ```text
 //! ImageBuilder --build--> BuiltImage { file: SparseFile, model: ModelDisk, layout: Layout }
@@ -107,7 +108,9 @@
 
 pub mod builder;
 pub mod content;
+pub mod counting;
 pub mod dirty;
+pub mod faulty;
 pub mod foreign;
 pub mod guid;
 pub mod harness;
@@ -123,7 +126,9 @@ pub mod storage_suite;
 
 pub use builder::{BitmapSpec, BlockSpec, BuiltImage, ImageBuilder, Place};
 pub use content::{Content, SectorMask, pattern};
+pub use counting::{CountingStorage, Counts, Method};
 pub use dirty::DirtyPlan;
+pub use faulty::FaultyStorage;
 pub use guid::Guid;
 pub use layout::{Geometry, Layout};
 pub use log::{DescriptorSpec, LogEntrySpec, LogRing};

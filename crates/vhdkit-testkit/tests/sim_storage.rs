@@ -299,3 +299,18 @@ fn clones_and_copies_are_data_that_a_cut_can_lose() {
     assert_eq!(sectors(&storage.pages())[..9], [5, 1, 1, 1, 1, 1, 1, 1, 5]);
     assert_eq!(images(&storage.crash_point(), &EXHAUSTIVE).len(), 2 * 28);
 }
+
+#[test]
+fn a_full_file_system_refuses_new_pages_only() {
+    let storage = filled(8192, 1);
+    storage.set_len(1 << 20).unwrap();
+    storage.set_capacity(Some(3));
+    storage.write_at(&[2; 4096], 16384).unwrap();
+    assert_eq!(storage.write_at(&[3; 8192], 4096).unwrap_err().kind(), ErrorKind::StorageFull);
+    assert_eq!(sectors(&storage.pages())[8], 1, "nothing was done");
+    storage.write_at(&[4; 8192], 0).unwrap();
+    assert!(storage.punch_hole(0..4096).unwrap());
+    storage.write_at(&[5; 4096], 8192).unwrap();
+    storage.set_capacity(None);
+    storage.write_at(&[6; 4096], 32768).unwrap();
+}

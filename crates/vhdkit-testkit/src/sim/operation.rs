@@ -129,6 +129,17 @@ impl Effect {
         if range.is_empty() { Self::None } else { Self::Zero(range) }
     }
 
+    /// Whether a file has no more than so many pages afterwards.
+    pub(super) fn fits(&self, map: &PageMap, pages: usize) -> bool {
+        match self {
+            Self::Data(patches) => {
+                let new = patches.iter().filter(|patch| map.page(patch.index).is_none()).count();
+                new == 0 || map.page_count() + new <= pages
+            }
+            _ => true,
+        }
+    }
+
     /// The bytes that it changes.
     pub(super) fn range(&self) -> Range<u64> {
         match self {

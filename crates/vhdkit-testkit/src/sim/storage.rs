@@ -71,6 +71,8 @@ struct State {
     serial: u64,
     counts: Counts,
     fault: Option<Fault>,
+    /// Pages that the file may have; holes take none.
+    capacity: Option<usize>,
 }
 
 impl std::fmt::Debug for SimStorage {
@@ -153,6 +155,12 @@ impl SimStorage {
     /// Lets an operation fail. Replaces the fault that was set before.
     pub fn set_fault(&self, fault: Option<Fault>) {
         self.lock().fault = fault;
+    }
+
+    /// Lets everything that needs more pages of 4 KiB than this fail for lack of space; `None` gives room again. Holes
+    /// take none, and reserving does not count.
+    pub fn set_capacity(&self, pages: Option<usize>) {
+        self.lock().capacity = pages;
     }
 
     /// Whether a fault that was set has struck.
@@ -260,6 +268,9 @@ impl SimStorage {
                 before
             };
             let effect = effect(range.clone(), &state.current);
+            if state.capacity.is_some_and(|pages| !effect.fits(&state.current, pages)) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
             state.serial += 1;
             let operation = Operation {
                 number: info.number,

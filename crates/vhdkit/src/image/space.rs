@@ -196,7 +196,7 @@ mod tests {
             random ^= random << 17;
             random % below
         };
-        let mut space = space(300, &[0..4], 4);
+        let mut space = space(300, std::slice::from_ref(&(0..4)), 4);
         let mut owned = vec![false; 300];
         owned[..4].fill(true);
         let mut given: Vec<Range<u64>> = Vec::new();

@@ -148,7 +148,7 @@ fn copies() -> Vec<Row> {
 
 fn sequences() -> Vec<Row> {
     let mut rows = Vec::new();
-    for (older, newer) in [(0, 1 << 63), ((1 << 63) - 1, 1 << 63), (0, 1), (7, u64::MAX - 4)] {
+    for (older, newer) in [(0, 1 << 63), ((1 << 63) - 1, 1 << 63), (0, 1), (7, u64::MAX - 100)] {
         for newer_copy in [0, 1] {
             rows.push(row(
                 "V-008",
@@ -284,7 +284,8 @@ fn limits() -> Vec<Row> {
     };
     let log_length = |length: u32| dynamic().with(|builder| builder.log_length = length);
     vec![
-        row("V-017", "2^64 - 3 can still be raised twice", move || sequence(u64::MAX - 2), accepted()),
+        row("V-017", "2^64 - 65 leaves room for a session", move || sequence(u64::MAX - 64), accepted()),
+        row("V-017", "2^64 - 64", move || sequence(u64::MAX - 63), exhausted()),
         row("V-017", "2^64 - 2", move || sequence(u64::MAX - 1), exhausted()),
         row("V-017", "2^64 - 1", move || sequence(u64::MAX), exhausted()),
         row("V-018", "byte 80 of the current copy", move || reserved(1, 80), warned(Code::HeaderReserved)),
