@@ -2,6 +2,7 @@
 
 pub(crate) mod array;
 pub(crate) mod reader;
+pub(crate) mod watched;
 
 use std::collections::BTreeSet;
 use std::ops::{ControlFlow, Range};
