@@ -400,6 +400,48 @@ fn rust_img_vhdx_64_fresh_blocks_from_8_threads_are_all_there() {
     }
 }
 
+/// Eight threads meet in one fresh block after another, each with a sector of its own: the block is made once.
+#[test]
+fn first_writes_of_the_same_block_do_not_undo_each_other() {
+    let _watchdog = Watchdog::new("same block");
+    for top in [dynamic(), child()] {
+        let storage: Arc<dyn Storage> = Arc::new(load(&top.file));
+        let image = open(&top, &storage);
+        let meet = Barrier::new(8);
+        let rounds = 24 * 12;
+        std::thread::scope(|scope| {
+            for thread in 0..8_u64 {
+                let (image, meet) = (&image, &meet);
+                scope.spawn(move || {
+                    let mut rng = Rng::new(thread);
+                    for round in 0..rounds {
+                        let block = round % 24;
+                        if meet.wait().is_leader() {
+                            match round / 24 % 2 {
+                                0 => image.write_zeroes(block * MIB..(block + 1) * MIB, true).unwrap(),
+                                _ => image.discard(block * MIB..(block + 1) * MIB).unwrap(),
+                            }
+                        }
+                        meet.wait();
+                        let sector = block * BLOCK + rng.below(BLOCK / 8) * 8 + thread;
+                        while !put(image, &mut rng, &(sector..sector + 1), round + 1) {}
+                        let mut bytes = [0; SECTOR as usize];
+                        image.read_at(&mut bytes, sector * SECTOR).unwrap();
+                        assert_eq!(versions(sector, &bytes), [Some(round + 1)], "thread {thread}, round {round}");
+                        meet.wait();
+                        // It is still there when all have written theirs.
+                        image.read_at(&mut bytes, sector * SECTOR).unwrap();
+                        assert_eq!(versions(sector, &bytes), [Some(round + 1)], "thread {thread}, round {round}");
+                    }
+                });
+            }
+        });
+        image.close().unwrap();
+        drop(image);
+        assert_clean("same block", &storage);
+    }
+}
+
 /// Memory whose sync takes as long as a fast disk's.
 #[derive(Debug)]
 struct SlowSync(MemoryStorage);
