@@ -9,8 +9,8 @@
 //! Readers never wait for a first write: until it is complete they see the old state.
 
 use std::collections::HashMap;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::units::BlockIndex;
 
 /// How a block is held.
