@@ -621,11 +621,7 @@ impl Shared {
                 if writer.breaks(BrokenRule::FreeAtOnce) {
                     meta.space.give_back(&owned);
                 } else {
-                    meta.free(owned.clone());
-                }
-                drop(meta);
-                if writer.breaks(BrokenRule::PunchAtDiscard) {
-                    let _ = self.storage().punch_hole(owned);
+                    meta.free(owned);
                 }
             }
         }

@@ -202,10 +202,17 @@ impl Shared {
         }
     }
 
-    /// For the simulator: the pages as they are now.
-    fn images_now(&self, writer: &Writer, pages: Vec<TakenPage>) -> Vec<TakenPage> {
-        let _meta = writer.meta();
-        pages.into_iter().map(|page| self.image(page.key).unwrap_or(page)).collect()
+    /// For the simulator: everything that is dirty now as well.
+    fn images_now(&self, writer: &Writer, mut pages: Vec<TakenPage>) -> Vec<TakenPage> {
+        let meta = writer.meta();
+        for page in meta.dirty_keys().filter_map(|key| self.image(key)) {
+            pages.retain(|older| older.key != page.key);
+            if let PageKey::Bitmap(key) = page.key {
+                self.top().bitmaps().pin_again(key);
+            }
+            pages.push(page);
+        }
+        pages
     }
 
     /// A commit could not log what it took: it is dirty again.

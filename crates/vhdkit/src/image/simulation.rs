@@ -32,8 +32,6 @@ pub enum BrokenRule {
     FreeAtOnce,
     /// Frees that came after `take` are retired with that commit.
     FreeAfterTake,
-    /// Freed space is punched when it is freed.
-    PunchAtDiscard,
     /// The file is cut before the log GUID is cleared (W-045).
     CutBeforeClear,
     /// An entry's last file offset is that of the session's start (W-044).

@@ -71,6 +71,11 @@ impl Meta {
         self.dirty > 0
     }
 
+    /// The pages that are dirty.
+    pub(super) fn dirty_keys(&self) -> impl Iterator<Item = PageKey> {
+        self.pages.iter().filter(|(_, page)| page.dirty).map(|(key, _)| *key)
+    }
+
     /// Marks a page changed; true when it was not before.
     pub(super) fn mark_dirty(&mut self, key: PageKey) -> bool {
         let page = self.pages.entry(key).or_default();
@@ -105,7 +110,7 @@ impl Meta {
 
     /// The dirty pages, which are clean from here on.
     pub(super) fn take_dirty(&mut self) -> Vec<PageKey> {
-        let keys: Vec<PageKey> = self.pages.iter().filter(|(_, page)| page.dirty).map(|(key, _)| *key).collect();
+        let keys: Vec<PageKey> = self.dirty_keys().collect();
         self.pages.retain(|_, page| {
             page.dirty = false;
             page.reserved > 0
