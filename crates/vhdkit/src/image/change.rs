@@ -387,7 +387,12 @@ impl Shared {
             .filter_map(|key| if let PageKey::Bitmap(key) = key { Some(*key) } else { None })
             .collect();
         for key in keys {
-            let offset = (entry.0 != 0).then(|| bitmap_page_offset(entry, key.page));
+            let mut offset = (entry.0 != 0).then(|| bitmap_page_offset(entry, key.page));
+            if writer.breaks(BrokenRule::BitmapNotZeroed)
+                && let Some(new) = writer.meta().new_bitmaps.get(&chunk)
+            {
+                offset = Some(FileOffset(new.given.range.start + key.page * 4096));
+            }
             layer.bitmaps().pin(key, offset, layer.view())?;
             change.pins.push(key);
         }
@@ -488,7 +493,7 @@ impl Shared {
             }
             Kind::Partial(given, bits) => {
                 let start = given.range.start;
-                if !writer.breaks(BrokenRule::StaleBits) {
+                if !writer.breaks(BrokenRule::StaleBits) && !writer.breaks(BrokenRule::BitmapNotZeroed) {
                     let all = self.bits_of(&self.whole_block(block));
                     self.change_bits(meta, block, &all, false);
                 }

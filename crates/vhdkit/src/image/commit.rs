@@ -116,27 +116,21 @@ impl Shared {
         if let Some(error) = writer.poisoned() {
             return Err(error);
         }
-        if writer.meta().has_dirty() && commit.ring.is_none() {
-            self.open_log(writer, commit)?;
-        }
-        let _phase = enter(Phase::Log);
         let late = writer.breaks(BrokenRule::TailTooEarly);
         if !late {
             self.write_home(writer, commit, Vec::new())?;
         }
-        let taken = if writer.breaks(BrokenRule::TakeAfterSync) { None } else { Some(self.take(writer)?) };
-        let skip = writer.breaks(BrokenRule::LogBeforeData);
-        if !(skip && taken.as_ref().is_some_and(|taken| !taken.pages.is_empty())) {
-            let synced = self.sync(writer, commit);
-            if let (Err(_), Some(taken)) = (&synced, taken.as_ref()) {
-                self.put_back(writer, taken);
-            }
-            synced?;
+        let early = if writer.breaks(BrokenRule::TakeAfterSync) { None } else { Some(self.take(writer)?) };
+        let ready = self.make_ready(writer, commit, early.as_ref());
+        if let (Err(_), Some(taken)) = (&ready, &early) {
+            self.put_back(writer, taken);
         }
-        let taken = match taken {
+        ready?;
+        let taken = match early {
             Some(taken) => taken,
             None => self.take(writer)?,
         };
+        let _phase = enter(Phase::Log);
         if late {
             self.write_home(writer, commit, Vec::new())?;
         }
@@ -165,6 +159,19 @@ impl Shared {
             Err(error) if !is_full(&error) => Err(error),
             _ => Ok(()), // what found no room is in the log, and is tried again
         }
+    }
+
+    /// Makes the payload of what was taken durable, and opens the log if it is needed.
+    fn make_ready(&self, writer: &Writer, commit: &mut Commit, taken: Option<&Taken>) -> Result<()> {
+        let logs = taken.is_none_or(|taken| !taken.pages.is_empty());
+        if logs && commit.ring.is_none() {
+            self.open_log(writer, commit)?;
+        }
+        if logs && writer.breaks(BrokenRule::LogBeforeData) {
+            return Ok(());
+        }
+        let _phase = enter(Phase::Log);
+        self.sync(writer, commit)
     }
 
     /// Copies everything dirty at one instant. From then on it is clean.

@@ -41,7 +41,6 @@ pub(crate) enum Kind {
     Fixed,
 }
 
-
 fn sparse(seed: u64) -> BlockSpec {
     BlockSpec::present(Content::Sparse { seed, stride: 97 })
 }
@@ -69,11 +68,12 @@ fn dynamic(rng: &mut Rng, sector: u32) -> Base {
 }
 
 fn child(rng: &mut Rng, sector: u32) -> Base {
-    let parent = ImageBuilder::new(16 * MIB, 2 << 20)
+    let parent = ImageBuilder::new(19 * MIB, 2 << 20)
         .with(|builder| builder.logical_sector_size = sector)
         .block(0, sparse(9))
         .block(2, sparse(10))
         .block(3, sparse(11))
+        .block(9, sparse(15))
         .named("p.vhdx")
         .build();
     let mut builder = ImageBuilder::new(20 * MIB, 1 << 20)
@@ -82,7 +82,8 @@ fn child(rng: &mut Rng, sector: u32) -> Base {
         .block(6, sparse(12));
     if rng.below(3) != 0 {
         let mask = SectorMask::new(|sector| sector < 100 || sector % 7 == 0);
-        builder = builder.block(0, BlockSpec::partial(Content::Sparse { seed: 13, stride: 5 }, mask));
+        builder = builder.block(0, BlockSpec::partial(Content::Sparse { seed: 13, stride: 5 }, mask.clone()));
+        builder = builder.block(18, BlockSpec::partial(Content::Sparse { seed: 14, stride: 5 }, mask));
         let stale = BitmapSpec { fill: 0xff, ..BitmapSpec::default() };
         builder = builder.with(|builder| {
             builder.bitmaps.insert(0, stale);

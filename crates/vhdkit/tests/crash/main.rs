@@ -24,7 +24,8 @@ use vhdkit_testkit::sim::{Campaign, Lab, Report};
 use bases::{Kind, base, long_headers};
 use world::{Style, World};
 
-const STYLE: Style = Style { steps: 60, nested_percent: 12, replay_percent: 8, second_cuts: 1, broken: None };
+const STYLE: Style =
+    Style { steps: 60, nested_percent: 12, nested_in_commits: false, replay_percent: 8, second_cuts: 1, broken: None };
 
 /// A random program on a random image.
 fn program(rng: &mut Rng, lab: &Lab) -> Result<(), String> {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vhdkit::format::guid::Guid;
 use vhdkit::format::header::{HEADER_BYTES, Header, OFFSETS};
-use vhdkit::image::simulation::{BrokenRule, phase};
+use vhdkit::image::simulation::{BrokenRule, Phase, phase};
 use vhdkit::image::{BlockDevice, Image, OpenOptions, ParentResolver, WritePlan};
 use vhdkit::storage::Storage;
 use vhdkit::{Error, ErrorKind};
@@ -32,6 +32,8 @@ pub(crate) struct Style {
     pub(crate) steps: u64,
     /// In how many of a hundred operations of the storage something else happens in between.
     pub(crate) nested_percent: u64,
+    /// Only in the middle of commits.
+    pub(crate) nested_in_commits: bool,
     /// Of a hundred crash images, how many are replayed in place.
     pub(crate) replay_percent: u64,
     /// Second cuts in each of those.
@@ -103,7 +105,7 @@ pub(crate) struct Live {
     image: Mutex<Option<Arc<Image>>>,
     plans: Mutex<Vec<Held>>,
     hook_rng: Mutex<Rng>,
-    nested_percent: u64,
+    style: Style,
     error: Mutex<Option<String>>,
     disk_bytes: u64,
     block_bytes: u64,
@@ -125,8 +127,7 @@ fn options(broken: Option<BrokenRule>, parents: Option<&Arc<dyn ParentResolver>>
 
 fn judge_of(base: &Base, style: &Style) -> Arc<CrashJudge> {
     let parents = std::iter::successors(base.image.parent.as_deref(), |parent| parent.parent.as_deref());
-    let parents: Vec<CrashImage> =
-        parents.map(|parent| CrashImage::new(PageMap::from(&parent.file))).collect();
+    let parents: Vec<CrashImage> = parents.map(|parent| CrashImage::new(PageMap::from(&parent.file))).collect();
     let parents = Some(frozen_parents(parents));
     let (broken, chain) = (style.broken, parents.clone());
     let inner = ImageJudge {
@@ -204,14 +205,7 @@ impl<'a> World<'a> {
 }
 
 impl Live {
-    fn start(
-        lab: &Lab,
-        rng: &mut Rng,
-        base: &Base,
-        style: Style,
-        file: PageMap,
-        history: SectorHistory,
-    ) -> Arc<Self> {
+    fn start(lab: &Lab, rng: &mut Rng, base: &Base, style: Style, file: PageMap, history: SectorHistory) -> Arc<Self> {
         let judge = judge_of(base, &style);
         let disk_bytes = history.sector_count() * SECTOR;
         let sim = lab.start(Setup {
@@ -226,7 +220,7 @@ impl Live {
             image: Mutex::new(None),
             plans: Mutex::default(),
             hook_rng: Mutex::new(Rng::new(rng.next_u64())),
-            nested_percent: style.nested_percent,
+            style,
             error: Mutex::new(None),
             disk_bytes,
             block_bytes: u64::from(base.image.model.block_size),
@@ -259,7 +253,8 @@ impl Live {
     fn nested(&self) {
         let mut rng = {
             let mut rng = lock(&self.hook_rng);
-            if !rng.chance(self.nested_percent) {
+            let here = !self.style.nested_in_commits || matches!(phase(), Phase::Log | Phase::Home | Phase::Retire);
+            if !here || !rng.chance(self.style.nested_percent) {
                 return;
             }
             Rng::new(rng.next_u64())
