@@ -214,9 +214,7 @@ impl Shared {
         let meta = writer.meta();
         for page in meta.dirty_keys().filter_map(|key| self.image(key)) {
             pages.retain(|older| older.key != page.key);
-            if let PageKey::Bitmap(key) = page.key {
-                self.top().bitmaps().pin_again(key);
-            }
+            self.pin(&page);
             pages.push(page);
         }
         pages
@@ -263,6 +261,7 @@ impl Shared {
         let over = writer.breaks(BrokenRule::RingReuse);
         let flushed = length - length % MIB;
         if writer.breaks(BrokenRule::HomeBeforeLogSync) {
+            taken.pages.iter().for_each(|page| self.pin(page));
             self.write_home(writer, commit, taken.pages.clone())?;
         }
         let (first, rest) = pages.split_at(if writer.breaks(BrokenRule::SplitEntry) { 1 } else { pages.len() });
@@ -324,6 +323,12 @@ impl Shared {
             }
         }
         Ok(())
+    }
+
+    fn pin(&self, page: &TakenPage) {
+        if let PageKey::Bitmap(key) = page.key {
+            self.top().bitmaps().pin_again(key);
+        }
     }
 
     fn unpin(&self, page: &TakenPage) {

@@ -73,7 +73,7 @@ fn child(rng: &mut Rng, sector: u32) -> Base {
         .block(0, sparse(9))
         .block(2, sparse(10))
         .block(3, sparse(11))
-        .block(9, sparse(15))
+        .block(9, BlockSpec::present(Content::Sparse { seed: 15, stride: 4 }))
         .named("p.vhdx")
         .build();
     let mut builder = ImageBuilder::new(20 * MIB, 1 << 20)

@@ -16,7 +16,7 @@ fn found(rule: BrokenRule, make: impl Fn(&mut Rng) -> Base + Sync, style: Style)
     // What needs an unlikely order of steps is found by many programs rather than by many states of a few.
     let few = style.nested_percent >= 50;
     let sampling =
-        if few { Sampling { exhaustive_ops: 2, random: 4 } } else { Sampling { exhaustive_ops: 4, random: 20 } };
+        if few { Sampling { exhaustive_ops: 1, random: 1 } } else { Sampling { exhaustive_ops: 4, random: 20 } };
     let style = Style { broken: Some(rule), ..style };
     let program = |rng: &mut Rng, lab: &Lab| {
         let base = make(rng);
@@ -73,7 +73,8 @@ fn retiring_frees_that_came_after_the_take() {
 
 #[test]
 fn home_writes_of_a_later_moment() {
-    found(BrokenRule::HomeFromMemory, |rng| base(rng, Kind::Child), NESTED);
+    // Two blocks whose bits stand in different pages of the bitmap.
+    found(BrokenRule::HomeFromMemory, |rng| Base { blocks: vec![0, 18], ..base(rng, Kind::Child) }, NESTED);
 }
 
 #[test]
