@@ -51,7 +51,7 @@ impl Shared {
     #[inline]
     pub(super) fn write_mapped(&self, buf: &[u8], offset: u64) -> Result<bool> {
         let _inside = self.gate.enter();
-        if !self.ready.load(Ordering::SeqCst) {
+        if !self.ready.load(Ordering::SeqCst) || self.writer.get().is_none_or(Writer::is_poisoned) {
             return Ok(false);
         }
         self.put_mapped(Payload::Bytes(buf), offset)
