@@ -82,8 +82,10 @@ impl<'a> Session<'a> {
         match offset.checked_add(length) {
             Some(end) if end <= size => Ok(offset..end),
             _ => {
-                let what =
-                    format!("{length} bytes at offset {offset} reach past the end of the disk, which has {size} bytes");
+                let what = match length {
+                    0 => format!("offset {offset} lies behind the end of the disk, which has {size} bytes"),
+                    _ => format!("the range reaches past the end of the disk, which has {size} bytes"),
+                };
                 let error = Error::new(ErrorKind::OutOfRange, what).with_path(self.path);
                 Err(error.with_hint("choose --offset and --length inside the disk; nothing was changed").into())
             }
@@ -114,10 +116,11 @@ impl<'a> Session<'a> {
     }
 
     fn warn_of_change_tracking(&self) {
-        for file in change_tracking_files(self.path) {
-            let what =
-                "Hyper-V's change tracking does not know of this change; the next backup of the disk must be full";
-            self.context.ui.warn(Some(&file), what);
+        let files: Vec<String> = change_tracking_files(self.path).iter().map(|file| show::file_name(file)).collect();
+        if !files.is_empty() {
+            let files = files.join(" and ");
+            let what = format!("the change tracking of Hyper-V ({files}) does not know of this change");
+            self.context.ui.warn(Some(self.path), &format!("{what}; the next backup must be full"));
         }
     }
 

@@ -19,6 +19,8 @@ use crate::writing::Session;
 
 /// Bytes that are read and written at once. Pieces end at multiples of this, so that no sector is written in parts.
 const PIECE_BYTES: u64 = 1 << 20;
+/// What is written is made durable after so many bytes, so that a crash in a long stream loses no more than that.
+const FLUSH_BYTES: u64 = 256 << 20;
 
 /// Writes the input into the disk.
 pub(crate) fn run(context: &Context, args: &WriteArgs) -> Result<Answer, Failure> {
@@ -46,7 +48,10 @@ fn check_input(session: &Session<'_>, input: &Input<'_>, args: &WriteArgs) -> Re
     let rest = session.image.size() - args.offset; // the offset lies on the disk
     match input.length() {
         Some(length) if length > rest => {
-            let what = format!("the input has {length} bytes, and the disk from offset {} on {rest}", args.offset);
+            let offset = args.offset;
+            let what = format!(
+                "the input has {length} bytes, and from offset {offset} to the end of the disk there are {rest}"
+            );
             let error = input.name(Error::new(ErrorKind::OutOfRange, what));
             Err(error.with_hint("shorten the input, or choose a smaller --offset; nothing was changed").into())
         }
@@ -68,6 +73,7 @@ impl Pouring<'_> {
     /// Reads and writes until the input ends.
     fn pour(&mut self, input: &mut Input<'_>) -> Result<(), Error> {
         let mut buffer = vec![0; usize::try_from(PIECE_BYTES).unwrap_or_default()];
+        let mut flushed = 0;
         loop {
             let position = self.offset + self.written; // at most the size of the disk
             let rest = self.image.size() - position;
@@ -89,6 +95,10 @@ impl Pouring<'_> {
             }
             if count < wanted {
                 return Ok(());
+            }
+            if self.written - flushed >= FLUSH_BYTES {
+                self.image.flush()?;
+                flushed = self.written;
             }
             if self.bar.advance(self.written, input.length().filter(|length| *length >= self.written)).is_break() {
                 return Err(stopped());
@@ -116,6 +126,10 @@ fn report(context: &Context, args: &WriteArgs, session: &Session<'_>, written: u
     }
     let (file, offset) = (show::path(&args.image), args.offset);
     let mut out = context.ui.out();
+    if written == 0 {
+        writeln!(out, "{file}: the input is empty; nothing was changed")?;
+        return Ok(out.flush()?);
+    }
     writeln!(out, "{file}: {} written at offset {offset}{}", sizes::long(written), session.replayed_text())?;
     Ok(out.flush()?)
 }
