@@ -158,7 +158,11 @@ impl Report {
             }
             Failure::Library(error) => Self::of_library(error, exit_code),
             Failure::Cut { error, done } => {
-                let report = Self::of_library(error, exit_code);
+                let mut report = Self::of_library(error, exit_code);
+                if !done.closed && is_full(error) {
+                    // The library's hint promises more than holds for an image that could not be closed.
+                    report.hint = "make room, then do it again; what was on the disk before is safe".to_owned();
+                }
                 Self { message: format!("{}; {}", report.message, done.to_text()), done: Some(*done), ..report }
             }
         }
@@ -267,6 +271,12 @@ fn fallback_hint(error: &Error) -> String {
     text.to_owned()
 }
 
+/// True for an error that making room cures.
+fn is_full(error: &Error) -> bool {
+    let kind = error.io_error().map(io::Error::kind);
+    matches!(kind, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+}
+
 fn check_hint(error: &Error) -> String {
     match error.path() {
         Some(path) => format!("run `vhdkit check {}` to see everything that is damaged", show::path(path)),
@@ -281,7 +291,9 @@ fn io_hint(kind: io::ErrorKind) -> &'static str {
         io::ErrorKind::PermissionDenied => "check the permissions of the file and its directory, or run as its owner",
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "free some space, or choose another file system",
         io::ErrorKind::InvalidFilename => "choose a shorter name",
-        io::ErrorKind::FileTooLarge => "choose a file system that takes files of this size",
+        io::ErrorKind::FileTooLarge => {
+            "raise the limit (ulimit -f), or choose a file system that takes files of this size"
+        }
         io::ErrorKind::IsADirectory => "name a file, not a directory",
         io::ErrorKind::NotADirectory => "check the directories in the name",
         io::ErrorKind::ReadOnlyFilesystem => "choose a place that can be written",
@@ -349,6 +361,7 @@ mod tests {
         assert!(text.contains("a.vhdx: cannot write: No space left on device"), "{text}");
         assert!(text.contains("4096 bytes were written before, and the image is valid"), "{text}");
         assert!(text.contains("hint: free some space"), "{text}");
+        assert!(cut(8192, false).to_text().contains("hint: make room, then do it again"));
         let error = cut(1, false).to_json()["error"].clone();
         assert_eq!((&error["bytes_done"], &error["closed"]), (&1.into(), &false.into()));
         assert!(error["message"].as_str().unwrap_or_default().contains("1 byte was written before, but"), "{error}");

@@ -13,7 +13,7 @@ use crate::args::{Format, WritingArgs};
 use crate::cli::Context;
 use crate::commands::info::{refuse_raw, replay_json};
 use crate::failure::{Done, Failure};
-use crate::opening::{about_parents, check_parent_options, open_options, sharing, warn_about};
+use crate::opening::{about_parents, check_parent_options, open_options, warn_about};
 use crate::show;
 
 /// What Hyper-V's change tracking appends to the name of a disk for its own files.
@@ -49,7 +49,7 @@ impl<'a> Session<'a> {
     ) -> Result<Option<Self>, Failure> {
         check(context, path, from)?;
         let options = OpenOptions::new().without_parents();
-        let image = options.clone().sharing(sharing(&context.global)).open_path(path)?;
+        let image = options.open_path(path).map_err(without_sharing)?;
         if top(&image)?.replay().is_none() {
             return Ok(None);
         }
@@ -154,6 +154,14 @@ fn check(context: &Context, path: &Path, from: Option<Format>) -> Result<(), Fai
         ));
     }
     Ok(())
+}
+
+/// An error of opening for reading what is to be written: looking at a file in use is no way out then.
+fn without_sharing(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::Locked => error.with_hint("shut down the virtual machine or close the program that uses it"),
+        _ => error,
+    }
 }
 
 fn top(image: &Image) -> Result<&Layer, Failure> {

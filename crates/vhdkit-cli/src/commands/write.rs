@@ -19,7 +19,9 @@ use crate::writing::Session;
 
 /// Bytes that are read and written at once. Pieces end at multiples of this, so that no sector is written in parts.
 const PIECE_BYTES: u64 = 1 << 20;
-/// What is written is made durable after so many bytes, so that a crash in a long stream loses no more than that.
+/// What is written is made durable after the first piece and then after so many bytes each: a crash in a long stream loses
+/// no more than that. The first time also finds room for the log, so that a file system that gets full later does not
+/// keep the image from being closed.
 const FLUSH_BYTES: u64 = 256 << 20;
 
 /// Writes the input into the disk.
@@ -73,7 +75,7 @@ impl Pouring<'_> {
     /// Reads and writes until the input ends.
     fn pour(&mut self, input: &mut Input<'_>) -> Result<(), Error> {
         let mut buffer = vec![0; usize::try_from(PIECE_BYTES).unwrap_or_default()];
-        let mut flushed = 0;
+        let mut flush_at = PIECE_BYTES;
         loop {
             let position = self.offset + self.written; // at most the size of the disk
             let rest = self.image.size() - position;
@@ -96,9 +98,9 @@ impl Pouring<'_> {
             if count < wanted {
                 return Ok(());
             }
-            if self.written - flushed >= FLUSH_BYTES {
+            if self.written >= flush_at {
                 self.image.flush()?;
-                flushed = self.written;
+                flush_at = self.written + FLUSH_BYTES; // far below 2^64: both are on the disk
             }
             if self.bar.advance(self.written, input.length().filter(|length| *length >= self.written)).is_break() {
                 return Err(stopped());
