@@ -30,7 +30,7 @@ mod write;
 mod writer;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -77,8 +77,6 @@ struct Shared {
     admission: Admission,
     /// There once the image was opened for writing.
     writer: OnceLock<Writer>,
-    /// True while mapped blocks may be overwritten without further questions.
-    ready: AtomicBool,
     gate: Gate,
     /// Plans that were made before there was a writer.
     loose_plans: AtomicUsize,
@@ -92,7 +90,6 @@ impl Image {
                 parents_missing,
                 admission,
                 writer: OnceLock::new(),
-                ready: AtomicBool::new(false),
                 gate: Gate::default(),
                 loose_plans: AtomicUsize::new(0),
             }),

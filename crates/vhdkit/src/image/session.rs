@@ -39,7 +39,7 @@ impl Shared {
         if !writer.started.load(Ordering::SeqCst) {
             self.start_locked(writer, &mut commit, Visible::Yes)?;
             writer.started.store(true, Ordering::SeqCst);
-            self.ready.store(writer.mode() == Mode::Writable, Ordering::SeqCst);
+            writer.set_ready(writer.mode() == Mode::Writable);
         }
         Ok(true)
     }
@@ -149,7 +149,7 @@ impl Shared {
                 _ => Ok(()),
             };
         }
-        self.ready.store(false, Ordering::SeqCst);
+        writer.set_ready(false);
         let left = || deadline.saturating_duration_since(Instant::now());
         let result = if writer.wait_idle(left()) && self.gate.is_quiet(left()) {
             let commit = writer.lock_commit(if wait.is_zero() { Wait::No } else { Wait::Yes });
@@ -165,8 +165,7 @@ impl Shared {
             }
             Err(error) => {
                 writer.set_mode(Mode::Writable);
-                let ready = writer.started.load(Ordering::SeqCst) && !writer.is_poisoned();
-                self.ready.store(ready, Ordering::SeqCst);
+                writer.set_ready(writer.started.load(Ordering::SeqCst));
                 Err(error)
             }
         }

@@ -156,6 +156,8 @@ pub(super) struct Writer {
     active: Mutex<u64>,
     active_changed: Condvar,
     poison: OnceLock<String>,
+    /// True while mapped blocks may be overwritten without further questions.
+    ready: AtomicBool,
     /// Flushes that were asked for.
     pub(super) tickets: AtomicU64,
     /// Pages that one entry of the log holds.
@@ -202,6 +204,7 @@ impl Writer {
             active: Mutex::new(0),
             active_changed: Condvar::new(),
             poison: OnceLock::new(),
+            ready: AtomicBool::new(false),
             tickets: AtomicU64::new(0),
             capacity: usize::try_from(pages_max(header.log_length)).unwrap_or(usize::MAX),
             is_fixed,
@@ -262,9 +265,24 @@ impl Writer {
     /// Ends all writing for good. Gives the error back for who met it.
     pub(super) fn poison(&self, error: Error) -> Error {
         let _ = self.poison.set(error.to_string()); // the first failure is the one to tell
+        self.ready.store(false, Ordering::SeqCst);
         error.with_hint(
             "the image writes nothing any more; what was flushed before is safe, and opening it again replays its log",
         )
+    }
+
+    /// Whether mapped blocks may be overwritten without further questions. Asked inside the gate.
+    #[inline]
+    pub(super) fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::SeqCst)
+    }
+
+    /// Says whether they may; never again once something has failed.
+    pub(super) fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::SeqCst);
+        if self.is_poisoned() {
+            self.ready.store(false, Ordering::SeqCst);
+        }
     }
 
     pub(super) fn is_poisoned(&self) -> bool {
