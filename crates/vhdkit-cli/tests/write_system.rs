@@ -13,9 +13,11 @@ mod common;
 
 use std::io::{BufRead as _, BufReader};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use common::{Scratch, junk};
+use rustix::process::{Pid, Signal, kill_process};
 use vhdkit_testkit::foreign::{
     CorpusRow, assert_success, corpus_dir, corpus_manifest, qemu_img, run_tool, sha256_reader, unpack,
 };
@@ -129,6 +131,56 @@ fn qemu_holds_the_image() {
     scratch.pipe(&["write", "disk.vhdx", "--offset", "0"], b"x").expect(0);
 }
 
+/// A program that shows a file through FUSE, as drvfs, sshfs and others do. It ends with the test.
+struct Fuse(Child);
+
+impl Fuse {
+    fn new(scratch: &Scratch, file: &str, point: &str) -> Self {
+        scratch.write(point, b"");
+        let mut command = Command::new("qemu-storage-daemon");
+        command.args(["--blockdev", &format!("driver=file,node-name=file,filename={file}")]);
+        command.args(["--blockdev", "driver=raw,node-name=raw,file=file", "--export"]);
+        let point = scratch.join(point);
+        let export = "type=fuse,id=export,node-name=raw,writable=on,growable=on";
+        command.arg(format!("{export},mountpoint={}", point.display())).current_dir(scratch.path());
+        let fuse = Self(command.stdin(Stdio::null()).spawn().unwrap());
+        for _ in 0..400 {
+            if point.metadata().is_ok_and(|metadata| metadata.len() > 0) {
+                return fuse;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        panic!("qemu-storage-daemon shows nothing");
+    }
+}
+
+impl Drop for Fuse {
+    fn drop(&mut self) {
+        // Asked to end, it unmounts.
+        let asked = kill_process(Pid::from_raw(self.0.id() as i32).unwrap(), Signal::TERM);
+        let _ = asked.map(|()| self.0.wait());
+    }
+}
+
+fn where_locks_are_invisible_there_is_a_warning() {
+    let scratch = Scratch::new();
+    image(&scratch, "behind.vhdx");
+    let bytes = junk(3_000_000);
+    {
+        let _fuse = Fuse::new(&scratch, "behind.vhdx", "shown.vhdx");
+        let write = ["write", "shown.vhdx", "--offset", "1000"];
+        let run = scratch.pipe(&write, &bytes).expect(0);
+        assert!(run.err.starts_with("vhdkit: warning: shown.vhdx: it lies on a file system behind"), "{}", run.err);
+        assert!(run.err.contains("(FUSE)") && run.err.contains("cannot be seen"), "{}", run.err);
+        scratch.pipe(&[&write[..], &["--quiet"]].concat(), &bytes).expect(0).silent();
+        scratch.run(&["read", "shown.vhdx"]).expect(0).silent();
+        scratch.run(&["replay", "shown.vhdx"]).expect(0).silent();
+    }
+    let run = scratch.pipe(&["write", "behind.vhdx", "--offset", "0"], b"x").expect(0);
+    assert_eq!(run.err, "");
+    assert!(scratch.run(&["read", "behind.vhdx"]).expect(0).stdout[1000..][..bytes.len()] == bytes);
+}
+
 /// QEMU reads what was written, and what it writes is read, in turns.
 fn qemu_and_we_take_turns() {
     let scratch = Scratch::new();
@@ -195,6 +247,9 @@ fn main() {
         Case::new("qemu_holds_the_image", Needs::tools(&["qemu-io"]), qemu_holds_the_image),
         Case::new("qemu_and_we_take_turns", Needs::tools(&["qemu-io", "qemu-img"]), qemu_and_we_take_turns),
     ];
+    let fuse = Needs::tools(&["qemu-storage-daemon"]).and_root();
+    let warning = where_locks_are_invisible_there_is_a_warning;
+    cases.push(Case::new("where_locks_are_invisible_there_is_a_warning", fuse, warning));
     let rows = if corpus_dir().is_some() { corpus_manifest() } else { Vec::new() };
     let corpus = || Needs::nothing().and_corpus();
     if rows.is_empty() {
