@@ -20,13 +20,14 @@ use std::time::Duration;
 use super::Shared;
 use super::bat::bitmap_page_offset;
 use super::headers::HeaderPair;
-use super::ring::LogRing;
+use super::ring::{LogRing, pages_max};
 use super::simulation::{BrokenRule, Phase, enter};
 use super::tokens::Wait;
 use super::writer::{Meta, PageKey, Taken, TakenPage, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{Header, Headers};
 use crate::format::log::{PageToLog, SECTOR};
+use crate::storage::Storage;
 use crate::units::MIB;
 
 /// How long a commit waits for reads and writes that may still use freed space, before it leaves that for the next.
@@ -40,6 +41,8 @@ pub(super) struct Commit {
     pub(super) headers: HeaderPair,
     /// The log, once the header names its GUID.
     pub(super) ring: Option<LogRing>,
+    /// The log that will be opened, made real before anything is written: a commit must not fail for lack of room in it.
+    spare_ring: Option<LogRing>,
     /// Pages whose entry is durable, but that could not be written home for lack of space.
     unhomed: BTreeMap<u64, TakenPage>,
     /// Freed; home writes issued, not known to be durable.
@@ -59,6 +62,7 @@ impl Commit {
         Self {
             headers: HeaderPair::new(headers),
             ring: None,
+            spare_ring: None,
             unhomed: BTreeMap::new(),
             cooling: Vec::new(),
             cooled: Vec::new(),
@@ -68,9 +72,14 @@ impl Commit {
         }
     }
 
-    /// True when nothing that a session wrote waits for anything.
-    pub(super) fn has_unhomed(&self) -> bool {
-        !self.unhomed.is_empty()
+    /// Makes room in the log for the first entries of a session.
+    pub(super) fn prepare_ring(&mut self, storage: &Arc<dyn Storage>) -> Result<()> {
+        if self.spare_ring.is_none() {
+            let mut ring = LogRing::new(self.headers.current());
+            ring.prepare(storage, pages_max(self.headers.current().log_length))?;
+            self.spare_ring = Some(ring);
+        }
+        Ok(())
     }
 }
 
@@ -373,8 +382,8 @@ impl Shared {
     /// Begins a log session: an entry first, then the GUID that points to it (W-021).
     fn open_log(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
         let _phase = enter(Phase::Start);
-        let mut ring = LogRing::new(commit.headers.current());
-        ring.prepare(self.storage(), 0)?;
+        commit.prepare_ring(self.storage())?;
+        let mut ring = commit.spare_ring.take().unwrap_or_else(|| LogRing::new(commit.headers.current()));
         let last = writer.meta().space.high();
         commit.first_last_offset = last;
         let guid = ring.guid();

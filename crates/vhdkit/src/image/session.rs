@@ -38,6 +38,7 @@ impl Shared {
         }
         if !writer.started.load(Ordering::SeqCst) {
             self.start_locked(writer, &mut commit, Visible::Yes)?;
+            commit.prepare_ring(self.storage())?;
             writer.started.store(true, Ordering::SeqCst);
             writer.set_ready(writer.mode() == Mode::Writable);
         }
@@ -192,9 +193,6 @@ impl Shared {
         }
         if !writer.breaks(BrokenRule::ClearBeforeHome) {
             self.sync_for_close(writer, commit)?;
-        }
-        if commit.has_unhomed() && !writer.breaks(BrokenRule::ClearBeforeHome) {
-            return Err(busy());
         }
         self.update_headers(writer, commit, |header| header.log_guid = Guid::NIL)?;
         commit.ring = None;

@@ -113,6 +113,13 @@ pub(crate) struct Live {
     blocks: Vec<u64>,
 }
 
+/// Prints what happens, with `VHDKIT_CRASH_TRACE` set: for looking at one program again.
+fn trace(text: impl FnOnce() -> String) {
+    if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
+        eprintln!("{}", text());
+    }
+}
+
 fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
@@ -228,9 +235,7 @@ impl Live {
         });
         let weak: Weak<Self> = Arc::downgrade(&live);
         live.sim.storage().set_hook(Some(Arc::new(move |info| {
-            if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
-                eprintln!("      {info}");
-            }
+            trace(|| format!("      {info}"));
             if let Some(live) = weak.upgrade() {
                 live.nested();
             }
@@ -332,9 +337,7 @@ impl Live {
 
     /// One step. Nested ones never wait.
     pub(crate) fn step(&self, rng: &mut Rng, nested: bool) -> Result<(), String> {
-        if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
-            eprintln!("step nested={nested} phase={:?} ops={}", phase(), self.sim.storage().counts().operations());
-        }
+        trace(|| format!("step nested={nested} phase={:?} ops={}", phase(), self.sim.storage().counts().operations()));
         let Some(image) = self.image() else { return Ok(()) };
         match rng.below(100) {
             0..30 => self.write(rng, &image, nested),
@@ -377,9 +380,7 @@ impl Live {
 
     /// What a step that might wait has come to: true when it was done.
     fn done(&self, what: &str, ticket: Ticket, result: Result<bool, Error>) -> Result<bool, String> {
-        if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
-            eprintln!("   {what} {ticket:?} {result:?}");
-        }
+        trace(|| format!("   {what} {ticket:?} {result:?}"));
         match result {
             Ok(true) => {
                 self.sim.history().finish(ticket);
@@ -410,9 +411,7 @@ impl Live {
     }
 
     fn write_sectors(&self, image: &Image, sectors: Range<u64>, nested: bool) -> Result<(), String> {
-        if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
-            eprintln!("write {sectors:?}");
-        }
+        trace(|| format!("write {sectors:?}"));
         if !nested {
             self.sim.step(format!("write {sectors:?}"));
         }
@@ -452,9 +451,7 @@ impl Live {
     fn zero(&self, rng: &mut Rng, image: &Image, nested: bool) -> Result<(), String> {
         let sectors = if rng.below(2) == 0 { self.sectors(rng) } else { self.whole_blocks(rng) };
         let unmap = rng.below(4) != 0;
-        if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
-            eprintln!("zero {sectors:?} {unmap}");
-        }
+        trace(|| format!("zero {sectors:?} {unmap}"));
         if !nested {
             self.sim.step(format!("zero {sectors:?} {unmap}"));
         }
@@ -487,9 +484,7 @@ impl Live {
         let done = if nested { image.try_flush() } else { image.flush().map(|()| true) };
         match done {
             Ok(true) => {
-                if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
-                    eprintln!("   flushed");
-                }
+                trace(|| format!("   flushed"));
                 self.sim.history().finish_flush(flush)
             }
             Ok(false) => {}
