@@ -484,7 +484,7 @@ impl Live {
         let done = if nested { image.try_flush() } else { image.flush().map(|()| true) };
         match done {
             Ok(true) => {
-                trace(|| format!("   flushed"));
+                trace(|| "   flushed".to_owned());
                 self.sim.history().finish_flush(flush)
             }
             Ok(false) => {}
