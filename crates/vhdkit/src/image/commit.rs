@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use super::Shared;
 use super::bat::bitmap_page_offset;
+use super::flushes::Turn;
 use super::headers::HeaderPair;
 use super::ring::{LogRing, pages_max};
 use super::simulation::{BrokenRule, Phase, enter};
@@ -99,12 +100,17 @@ impl Shared {
         if !writer.started.load(Ordering::SeqCst) {
             return Ok(true);
         }
-        let ticket = writer.tickets.fetch_add(1, Ordering::SeqCst) + 1;
+        let ticket = writer.flushes.ask();
+        let lead = match writer.flushes.turn(ticket, wait) {
+            Turn::Done => return Ok(true),
+            Turn::Busy => return Ok(false),
+            Turn::Lead(lead) => lead,
+        };
         let Some(mut commit) = writer.lock_commit(wait) else { return Ok(false) };
-        if commit.done_ticket >= ticket {
-            return Ok(true);
+        if commit.done_ticket < ticket {
+            self.commit(writer, &mut commit)?;
         }
-        self.commit(writer, &mut commit)?;
+        lead.done(commit.done_ticket);
         Ok(true)
     }
 
@@ -187,7 +193,7 @@ impl Shared {
     /// Copies everything dirty at one instant. From then on it is clean.
     fn take(&self, writer: &Writer) -> Result<Taken> {
         let mut meta = writer.meta();
-        let ticket = writer.tickets.load(Ordering::SeqCst);
+        let ticket = writer.flushes.newest();
         let keys = meta.take_dirty();
         let mut taken = Taken { ticket, last_file_offset: meta.space.high(), ..Taken::default() };
         for key in keys {

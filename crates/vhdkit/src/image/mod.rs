@@ -8,6 +8,7 @@ mod commit;
 mod device;
 pub(crate) mod extents;
 mod file_resolver;
+mod flushes;
 mod gate;
 mod headers;
 pub(crate) mod layer;

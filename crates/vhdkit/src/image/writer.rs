@@ -11,12 +11,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::bitmap::BitmapKey;
 use super::commit::Commit;
+use super::flushes::Flushes;
 use super::ring::pages_max;
 use super::simulation::BrokenRule;
 use super::space::{Given, Space};
@@ -159,8 +160,7 @@ pub(super) struct Writer {
     poison: OnceLock<String>,
     /// True while mapped blocks may be overwritten without further questions.
     ready: AtomicBool,
-    /// Flushes that were asked for.
-    pub(super) tickets: AtomicU64,
+    pub(super) flushes: Flushes,
     /// Pages that one entry of the log holds.
     capacity: usize,
     pub(super) is_fixed: bool,
@@ -206,7 +206,7 @@ impl Writer {
             active_changed: Condvar::new(),
             poison: OnceLock::new(),
             ready: AtomicBool::new(false),
-            tickets: AtomicU64::new(0),
+            flushes: Flushes::default(),
             capacity: usize::try_from(pages_max(header.log_length)).unwrap_or(usize::MAX),
             is_fixed,
             broken: None,
