@@ -11,8 +11,8 @@ use vhdkit::storage::Storage;
 use vhdkit::{Error, ErrorKind};
 use vhdkit_testkit::rng::Rng;
 use vhdkit_testkit::sim::{
-    Case, CrashImage, ImageJudge, Judge, Lab, PageMap, SectorHistory, Setup, SimHandle, Ticket, frozen_parents,
-    verify_image, verify_view,
+    Case, CrashImage, Fault, FaultError, ImageJudge, Judge, Lab, PageMap, SectorHistory, Setup, SimHandle, Ticket,
+    frozen_parents, verify_image, verify_view,
 };
 
 use crate::bases::Base;
@@ -170,13 +170,13 @@ impl<'a> World<'a> {
     fn crash(&mut self, rng: &mut Rng) -> Result<(), String> {
         self.shared.sim.step("power cut");
         let left = self.shared.sim.crash(rng);
-        // What was under way ends with the machine: nothing of it must reach the new one.
-        self.shared.sim.storage().set_hook(None);
-        let image = lock(&self.shared.image).take();
-        std::mem::forget(image);
-        for held in lock(&self.shared.plans).drain(..) {
-            std::mem::forget(held);
-        }
+        // What was under way ends with the machine: nothing of it reaches the file any more.
+        let storage = self.shared.sim.storage();
+        storage.set_hook(None);
+        storage.set_observer(None);
+        storage.set_fault(Some(Fault::nth(1, FaultError::EIO).persistent()));
+        lock(&self.shared.plans).clear();
+        lock(&self.shared.image).take();
         let mut history = self.shared.sim.history().clone();
         let view = OpenOptions::new();
         let view = match &self.shared.judge.inner.parents {
