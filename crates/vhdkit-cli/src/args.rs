@@ -103,36 +103,22 @@ pub(crate) enum Color {
     Never,
 }
 
-/// What to do.
+/// What to do. What help says about a command stands at its arguments: a comment here would hide all but its first line.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Show what an image is: type, sizes, identity, log, regions, chain
     Info(InfoArgs),
-    /// Create an empty image, or a child of a parent
     Create(CreateArgs),
-    /// Convert between raw and VHDX, or to another layout
     Convert(ConvertArgs),
-    /// Check an image and list everything that is wrong with it
     Check(CheckArgs),
-    /// Compare what two disks hold
     Compare(CompareArgs),
-    /// Write the bytes of a disk to standard output
     Read(ReadArgs),
-    /// Write bytes into a disk, from a file or standard input
     Write(WriteArgs),
-    /// Make a range of a disk read as zero
     Zero(ZeroArgs),
-    /// Give back the space of a range of a disk
     Discard(DiscardArgs),
-    /// Put the log of an image that was not closed properly into place
     Replay(ReplayArgs),
-    /// Show where the data of a disk is
     Map(MapArgs),
-    /// Tell how much space a conversion needs
     Measure(MeasureArgs),
-    /// Print a completion script for a shell
     Completions(CompletionsArgs),
-    /// Print the manual page, or write all of them to a directory
     Man(ManArgs),
 }
 
@@ -289,7 +275,8 @@ pub(crate) struct ReadArgs {
 ///
 /// Neither the offset nor the length has to be a multiple of a sector. What was written is on the medium when the command
 /// ends well; a crash, a full file system or a signal in between leaves a valid image. A child gets what is written, its
-/// parents are never changed. Do not write to an image that others name as their parent: they cannot be opened any more.
+/// parents are never changed. Writing to an image that others name as their parent breaks those: they cannot be opened
+/// any more.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   vhdkit write disk.vhdx --offset 0 --input boot.bin
@@ -312,7 +299,8 @@ pub(crate) struct WriteArgs {
 /// Make a range of a disk read as zero
 ///
 /// Whole blocks give their space back, except those of a fixed disk; parts of blocks are overwritten with zeros. What a
-/// parent has there is hidden. Do not write to an image that others name as their parent: they cannot be opened any more.
+/// parent has there is hidden. Writing to an image that others name as their parent breaks those: they cannot be opened
+/// any more.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   vhdkit zero disk.vhdx --offset 0 --length 1M
@@ -327,8 +315,8 @@ pub(crate) struct ZeroArgs {
 /// Give back the space of a range of a disk
 ///
 /// For what the guest does not need any more. Blocks that lie in the range as a whole give their space back and read as zero;
-/// the rest of the range stays as it is. A fixed disk keeps all its space. Do not write to an image that others name as
-/// their parent: they cannot be opened any more.
+/// the rest of the range stays as it is. A fixed disk keeps all its space. Writing to an image that others name as their
+/// parent breaks those: they cannot be opened any more.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   vhdkit discard disk.vhdx --offset 1G --length 3G

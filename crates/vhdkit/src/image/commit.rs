@@ -144,6 +144,7 @@ impl Shared {
             return Err(error);
         }
         commit.done_ticket = taken.ticket;
+        self.let_go(writer, &taken);
         let _phase = enter(Phase::Home);
         let Taken { pages, mut frees, .. } = taken;
         if writer.breaks(BrokenRule::FreeAfterTake) {
@@ -231,6 +232,14 @@ impl Shared {
             }
         }
         meta.frees.extend(taken.frees.iter().cloned());
+        drop(meta);
+        self.let_go(writer, taken);
+    }
+
+    /// What a commit took needs no room in the next entry any more, or counts as dirty again.
+    fn let_go(&self, writer: &Writer, taken: &Taken) {
+        let keys: Vec<PageKey> = taken.pages.iter().map(|page| page.key).collect();
+        writer.unreserve(&keys);
     }
 
     /// Appends an entry and makes it durable.

@@ -108,13 +108,14 @@ impl Meta {
         }
     }
 
-    /// The dirty pages, which are clean from here on.
+    /// The dirty pages, which are clean from here on. They stay reserved for the commit that takes them, so that there is
+    /// room for them should it fail.
     pub(super) fn take_dirty(&mut self) -> Vec<PageKey> {
         let keys: Vec<PageKey> = self.dirty_keys().collect();
-        self.pages.retain(|_, page| {
+        for page in self.pages.values_mut().filter(|page| page.dirty) {
             page.dirty = false;
-            page.reserved > 0
-        });
+            page.reserved += 1;
+        }
         self.dirty = 0;
         keys
     }

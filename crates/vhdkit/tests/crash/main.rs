@@ -69,3 +69,12 @@ fn long() {
     let report = Campaign { first_seed, time_max, ..Campaign::default() }.run(&program);
     expect_much(&report);
 }
+
+/// Makes a state again: `VHDKIT_CRASH_AGAIN="seed state"`, as a violation says it, with the steps that led there.
+#[test]
+fn again() {
+    let Ok(text) = std::env::var("VHDKIT_CRASH_AGAIN") else { return };
+    let (seed, state) = text.split_once(' ').expect("seed and state");
+    let replayed = Campaign::default().replay(&program, seed.parse().expect("seed"), state).expect("the state is made");
+    panic!("{:?}\n{:#?}", replayed.verdict, replayed.point.pending());
+}

@@ -227,7 +227,10 @@ impl Live {
             blocks: base.blocks.clone(),
         });
         let weak: Weak<Self> = Arc::downgrade(&live);
-        live.sim.storage().set_hook(Some(Arc::new(move |_| {
+        live.sim.storage().set_hook(Some(Arc::new(move |info| {
+            if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
+                eprintln!("      {info}");
+            }
             if let Some(live) = weak.upgrade() {
                 live.nested();
             }
@@ -329,6 +332,9 @@ impl Live {
 
     /// One step. Nested ones never wait.
     pub(crate) fn step(&self, rng: &mut Rng, nested: bool) -> Result<(), String> {
+        if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
+            eprintln!("step nested={nested} phase={:?} ops={}", phase(), self.sim.storage().counts().operations());
+        }
         let Some(image) = self.image() else { return Ok(()) };
         match rng.below(100) {
             0..30 => self.write(rng, &image, nested),
@@ -371,6 +377,9 @@ impl Live {
 
     /// What a step that might wait has come to: true when it was done.
     fn done(&self, what: &str, ticket: Ticket, result: Result<bool, Error>) -> Result<bool, String> {
+        if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
+            eprintln!("   {what} {ticket:?} {result:?}");
+        }
         match result {
             Ok(true) => {
                 self.sim.history().finish(ticket);
@@ -401,6 +410,9 @@ impl Live {
     }
 
     fn write_sectors(&self, image: &Image, sectors: Range<u64>, nested: bool) -> Result<(), String> {
+        if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
+            eprintln!("write {sectors:?}");
+        }
         if !nested {
             self.sim.step(format!("write {sectors:?}"));
         }
@@ -440,6 +452,9 @@ impl Live {
     fn zero(&self, rng: &mut Rng, image: &Image, nested: bool) -> Result<(), String> {
         let sectors = if rng.below(2) == 0 { self.sectors(rng) } else { self.whole_blocks(rng) };
         let unmap = rng.below(4) != 0;
+        if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
+            eprintln!("zero {sectors:?} {unmap}");
+        }
         if !nested {
             self.sim.step(format!("zero {sectors:?} {unmap}"));
         }
@@ -471,7 +486,12 @@ impl Live {
         let flush = self.sim.history().start_flush();
         let done = if nested { image.try_flush() } else { image.flush().map(|()| true) };
         match done {
-            Ok(true) => self.sim.history().finish_flush(flush),
+            Ok(true) => {
+                if std::env::var_os("VHDKIT_CRASH_TRACE").is_some() {
+                    eprintln!("   flushed");
+                }
+                self.sim.history().finish_flush(flush)
+            }
             Ok(false) => {}
             Err(error) => return Err(format!("flush: {error}")),
         }
