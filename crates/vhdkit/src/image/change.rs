@@ -465,14 +465,12 @@ impl Shared {
             let mut meta = writer.meta();
             self.publish(writer, &mut meta, &mut change);
             meta.unreserve(&change.keys);
+            writer.wake(meta);
         }
         for key in pins {
             self.top().bitmaps().unpin(key);
         }
         writer.tokens.release(change.block, change.hold);
-        if !change.keys.is_empty() {
-            writer.meta_changed.notify_all();
-        }
     }
 
     fn publish(&self, writer: &Writer, meta: &mut Meta, change: &mut Change) {
@@ -589,9 +587,9 @@ impl Shared {
                 give_back(&mut meta, given);
             }
             meta.unreserve(&change.keys);
+            writer.wake(meta);
         }
         writer.tokens.release(change.block, change.hold);
-        writer.meta_changed.notify_all();
     }
 
     /// Takes a block's mapping away: `to` is ZERO or UNMAPPED. Only if its state is still one that `applies`. False when

@@ -374,7 +374,7 @@ impl Shared {
             give_back(&mut meta, &range);
             meta.waiting_bytes = meta.waiting_bytes.saturating_sub(range.end - range.start);
         }
-        writer.meta_changed.notify_all();
+        writer.wake(writer.meta());
     }
 
     /// Commits and syncs until what was freed can be used again.

@@ -65,6 +65,8 @@ pub(super) struct Meta {
     /// Bytes freed, but not given back yet.
     pub(super) waiting_bytes: u64,
     pub(super) new_bitmaps: HashMap<ChunkIndex, NewBitmap>,
+    /// So many wait for pages: waking nobody is a system call too.
+    waiting: usize,
 }
 
 impl Meta {
@@ -142,20 +144,27 @@ pub(super) enum Mode {
     Closed = 3,
 }
 
+/// Operations and plans under way.
+#[derive(Debug, Default)]
+struct Activity {
+    count: u64,
+    /// So many wait for the end of all: waking nobody is a system call too.
+    waiting: usize,
+}
+
 /// The writer of an image.
 #[derive(Debug)]
 pub(super) struct Writer {
     pub(super) tokens: Tokens,
     meta: Mutex<Meta>,
-    /// Reserved pages or space were given back.
-    pub(super) meta_changed: Condvar,
+    /// Reserved pages were given back.
+    meta_changed: Condvar,
     pub(super) commit: Mutex<Commit>,
     pub(super) growth: Mutex<()>,
     mode: AtomicU8,
     /// True once the session's GUIDs are durable in both headers.
     pub(super) started: AtomicBool,
-    /// Operations and plans under way.
-    active: Mutex<u64>,
+    active: Mutex<Activity>,
     active_changed: Condvar,
     poison: OnceLock<String>,
     /// True while mapped blocks may be overwritten without further questions.
@@ -193,6 +202,7 @@ impl Writer {
             frees: Vec::new(),
             waiting_bytes: 0,
             new_bitmaps: HashMap::new(),
+            waiting: 0,
         };
         Self {
             tokens: Tokens::default(),
@@ -202,7 +212,7 @@ impl Writer {
             growth: Mutex::new(()),
             mode: AtomicU8::new(Mode::ReadOnly as u8),
             started: AtomicBool::new(false),
-            active: Mutex::new(0),
+            active: Mutex::default(),
             active_changed: Condvar::new(),
             poison: OnceLock::new(),
             ready: AtomicBool::new(false),
@@ -292,7 +302,7 @@ impl Writer {
 
     /// Begins an operation that may change the image.
     pub(super) fn enter(&self) -> Result<Active<'_>> {
-        *self.lock_active() += 1;
+        self.lock_active().count += 1;
         let active = Active(self);
         match self.mode() {
             Mode::Writable => {}
@@ -308,19 +318,21 @@ impl Writer {
 
     /// Counts a plan that only reads.
     pub(super) fn count(&self) {
-        *self.lock_active() += 1;
+        self.lock_active().count += 1;
     }
 
     /// Ends an operation or a plan.
     pub(super) fn leave(&self) {
         let mut active = self.lock_active();
-        *active = active.saturating_sub(1);
-        if *active == 0 {
+        active.count = active.count.saturating_sub(1);
+        let is_awaited = active.count == 0 && active.waiting > 0;
+        drop(active);
+        if is_awaited {
             self.active_changed.notify_all();
         }
     }
 
-    fn lock_active(&self) -> MutexGuard<'_, u64> {
+    fn lock_active(&self) -> MutexGuard<'_, Activity> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -328,12 +340,14 @@ impl Writer {
     pub(super) fn wait_idle(&self, wait: Duration) -> bool {
         let deadline = Instant::now() + wait;
         let mut active = self.lock_active();
-        while *active > 0 {
+        while active.count > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
             }
+            active.waiting += 1;
             active = self.active_changed.wait_timeout(active, left).unwrap_or_else(PoisonError::into_inner).0;
+            active.waiting -= 1;
         }
         true
     }
@@ -352,14 +366,26 @@ impl Writer {
             if wait == Wait::No {
                 return None;
             }
+            meta.waiting += 1;
             meta = self.meta_changed.wait(meta).unwrap_or_else(PoisonError::into_inner);
+            meta.waiting -= 1;
         }
     }
 
     /// Gives reserved pages back.
     pub(super) fn unreserve(&self, keys: &[PageKey]) {
-        self.meta().unreserve(keys);
-        self.meta_changed.notify_all();
+        let mut meta = self.meta();
+        meta.unreserve(keys);
+        self.wake(meta);
+    }
+
+    /// Lets go of what is changed in memory, and wakes those who wait for pages.
+    pub(super) fn wake(&self, meta: MutexGuard<'_, Meta>) {
+        let is_awaited = meta.waiting > 0;
+        drop(meta);
+        if is_awaited {
+            self.meta_changed.notify_all();
+        }
     }
 }
 
