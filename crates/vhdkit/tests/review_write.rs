@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vhdkit::ErrorKind;
 use vhdkit::format::header::{HEADER_BYTES, Header, OFFSETS};
@@ -75,4 +75,46 @@ fn another_writer_that_writes_one_copy_of_the_header_is_noticed() {
     let error = image.close().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Locked, "{error}");
     assert_eq!(headers(&storage)[1 - current], theirs, "what somebody else wrote stays");
+}
+
+/// Whoever wins, an image that takes writes has a file that does, and no write fails for another reason than the mode.
+#[test]
+fn reopening_from_two_threads_leaves_no_mixture() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.vhdx");
+    let bytes = {
+        let storage = fresh(64 * MIB);
+        let mut bytes = vec![0; usize::try_from(storage.len().unwrap()).unwrap()];
+        storage.read_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    std::fs::write(&path, bytes).unwrap();
+    let image = OpenOptions::new().write(true).open_path(&path).unwrap();
+    let until = Instant::now() + Duration::from_secs(2);
+    let (mut written, mut refused) = (0, 0);
+    std::thread::scope(|scope| {
+        for write in [true, false] {
+            let image = &image;
+            scope.spawn(move || {
+                while Instant::now() < until {
+                    let _ = image.reopen(write);
+                    std::thread::yield_now();
+                }
+            });
+        }
+        while Instant::now() < until {
+            match image.write_at(&[1; 512], written % 32 * MIB) {
+                Ok(()) => written += 1,
+                Err(error) => {
+                    refused += 1;
+                    let expected = matches!(error.kind(), ErrorKind::ReadOnly | ErrorKind::Busy);
+                    assert!(expected, "after {written} writes and {refused} refusals: {error}");
+                }
+            }
+        }
+    });
+    assert!(written > 0 && refused > 0, "{written} {refused}");
+    while image.reopen(true).is_err() {}
+    image.write_at(&[2; 512], 0).unwrap();
+    image.close().unwrap();
 }

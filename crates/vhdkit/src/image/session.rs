@@ -1,7 +1,7 @@
 //! A session of writing: how it starts with the first change, and how it ends.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use super::Shared;
@@ -228,8 +228,26 @@ impl Shared {
         synced.map_err(|error| writer.poison(Error::io("cannot make the cut file durable", error)))
     }
 
+    /// Ends the session for good.
+    pub(super) fn close(&self, wait: Duration) -> Result<()> {
+        let _turning = self.turn()?;
+        self.end(wait, Mode::Closed)
+    }
+
+    /// The right to close or reopen. Nobody waits for it: who has it may wait for plans.
+    fn turn(&self) -> Result<MutexGuard<'_, ()>> {
+        match self.turning.try_lock() {
+            Ok(turning) => Ok(turning),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => {
+                Err(Error::new(ErrorKind::Busy, "another thread closes or reopens the image").with_hint("try again"))
+            }
+        }
+    }
+
     /// Changes between reading and writing on the live handle.
     pub(super) fn reopen(&self, write: bool) -> Result<()> {
+        let _turning = self.turn()?;
         if !write {
             self.end(CLOSE_WAIT, Mode::ReadOnly)?;
             return self.storage().set_access(false);
