@@ -9,7 +9,7 @@
 //!   5. meta         free space, dirty pages; held for microseconds, no I/O
 //! ```
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -62,6 +62,8 @@ pub(super) struct Meta {
     pub(super) space: Space,
     /// Freed since the last commit took its pages.
     pub(super) frees: Vec<Range<u64>>,
+    /// Where blocks begin that plans were given up over whose I/O may still come: such a place is not given to another.
+    pub(super) abandoned: BTreeSet<u64>,
     /// Bytes freed, but not given back yet.
     pub(super) waiting_bytes: u64,
     pub(super) new_bitmaps: HashMap<ChunkIndex, NewBitmap>,
@@ -123,8 +125,11 @@ impl Meta {
         keys
     }
 
-    /// Takes note of freed space.
+    /// Takes note of freed space. What I/O of an abandoned plan may still hit stays taken.
     pub(super) fn free(&mut self, range: Range<u64>) {
+        if self.abandoned.contains(&range.start) {
+            return;
+        }
         self.waiting_bytes += range.end - range.start;
         self.frees.push(range);
     }
@@ -200,6 +205,7 @@ impl Writer {
             dirty: 0,
             space,
             frees: Vec::new(),
+            abandoned: BTreeSet::new(),
             waiting_bytes: 0,
             new_bitmaps: HashMap::new(),
             waiting: 0,
