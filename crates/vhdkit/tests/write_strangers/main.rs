@@ -20,11 +20,12 @@ mod truth;
 #[path = "../crash/world.rs"]
 mod world;
 
+mod alternation;
 mod crash_states;
 mod support;
 
 use vhdkit_testkit::harness::main_with;
 
 fn main() {
-    main_with(crash_states::cases());
+    main_with([crash_states::cases(), alternation::cases()].into_iter().flatten().collect());
 }

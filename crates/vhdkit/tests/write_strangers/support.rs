@@ -11,7 +11,7 @@ use rustix::fs::{SeekFrom, seek};
 use vhdkit::format::finding::Severity;
 use vhdkit::image::{BlockDevice, ExtentKind, FileResolver, Image, OpenOptions};
 use vhdkit::ops::check::{CheckOptions, check};
-use vhdkit::storage::{FileAccess, FileStorage, Sharing, Storage};
+use vhdkit::storage::{FileStorage, Sharing, Storage};
 use vhdkit_testkit::foreign::qemu_img;
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -47,17 +47,28 @@ pub(crate) fn qemu_to_raw(path: &Path, raw: &Path) -> Result<(), String> {
     qemu(&["convert", "-t", "unsafe", "-f", "vhdx", "-O", "raw", text(path), text(raw)])
 }
 
-/// Opens for reading, with parents from the same directory.
+/// A file as storage, without locks: between the fork and the exec of a tool that another thread starts, that process
+/// would hold them also of files that are closed since.
+pub(crate) fn unlocked(path: &Path, write: bool) -> Arc<dyn Storage> {
+    let file = File::options().read(true).write(write).open(path).unwrap();
+    Arc::new(FileStorage::from_file(file, Some(path.to_owned())).unwrap())
+}
+
+/// Opens with parents from the same directory.
+fn open_with(path: &Path, write: bool) -> Image {
+    let resolver = FileResolver::new().allow_own_directory().sharing(Sharing::ForceShare);
+    let options = OpenOptions::new().write(write).replay(write).parents(Arc::new(resolver));
+    options.open(unlocked(path, write), Some(path)).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Opens for reading.
 pub(crate) fn open(path: &Path) -> Image {
-    let resolver = Arc::new(FileResolver::new().allow_own_directory());
-    OpenOptions::new().parents(resolver).open_path(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    open_with(path, false)
 }
 
 /// Opens for writing, replaying where it is needed.
 pub(crate) fn open_for_writing(path: &Path) -> Image {
-    let resolver = Arc::new(FileResolver::new().allow_own_directory());
-    let options = OpenOptions::new().parents(resolver).write(true).replay(true);
-    options.open_path(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    open_with(path, true)
 }
 
 /// What `check` says above note, by code; in storage.
@@ -69,8 +80,7 @@ pub(crate) fn complaints_of(storage: &Arc<dyn Storage>) -> BTreeSet<String> {
 
 /// What `check` says above note, by code.
 pub(crate) fn complaints(path: &Path) -> BTreeSet<String> {
-    let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(path, FileAccess::Read, Sharing::Normal).unwrap());
-    complaints_of(&storage)
+    complaints_of(&unlocked(path, false))
 }
 
 /// A read of a disk.
