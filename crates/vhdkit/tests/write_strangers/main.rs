@@ -21,11 +21,12 @@ mod truth;
 mod world;
 
 mod alternation;
+mod corpus;
 mod crash_states;
 mod support;
 
 use vhdkit_testkit::harness::main_with;
 
 fn main() {
-    main_with([crash_states::cases(), alternation::cases()].into_iter().flatten().collect());
+    main_with([crash_states::cases(), alternation::cases(), corpus::cases()].into_iter().flatten().collect());
 }

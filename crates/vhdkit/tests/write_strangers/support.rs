@@ -47,6 +47,17 @@ pub(crate) fn qemu_to_raw(path: &Path, raw: &Path) -> Result<(), String> {
     qemu(&["convert", "-t", "unsafe", "-f", "vhdx", "-O", "raw", text(path), text(raw)])
 }
 
+/// What QEMU reads of a part of a disk.
+pub(crate) fn qemu_part_to_raw(path: &Path, part: &Range<u64>, raw: &Path) -> Result<(), String> {
+    let window = format!(
+        "driver=raw,offset={},size={},file.driver=vhdx,file.file.filename={}",
+        part.start,
+        part.end - part.start,
+        text(path)
+    );
+    qemu(&["convert", "-t", "unsafe", "--image-opts", "-O", "raw", &window, text(raw)])
+}
+
 /// A file as storage, without locks: between the fork and the exec of a tool that another thread starts, that process
 /// would hold them also of files that are closed since.
 pub(crate) fn unlocked(path: &Path, write: bool) -> Arc<dyn Storage> {
