@@ -23,10 +23,16 @@ mod world;
 mod alternation;
 mod corpus;
 mod crash_states;
+mod file_systems;
 mod support;
 
 use vhdkit_testkit::harness::main_with;
 
 fn main() {
-    main_with([crash_states::cases(), alternation::cases(), corpus::cases()].into_iter().flatten().collect());
+    main_with(
+        [crash_states::cases(), alternation::cases(), corpus::cases(), file_systems::cases()]
+            .into_iter()
+            .flatten()
+            .collect(),
+    );
 }
