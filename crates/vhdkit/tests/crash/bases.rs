@@ -6,6 +6,7 @@ use vhdkit::format::finding::Code;
 use vhdkit_testkit::builder::BitmapSpec;
 use vhdkit_testkit::dirty::edit_header;
 use vhdkit_testkit::rng::Rng;
+use vhdkit_testkit::sim::Judge;
 use vhdkit_testkit::{BlockSpec, BuiltImage, Content, DirtyPlan, ImageBuilder, SectorMask};
 
 const MIB: u64 = 1 << 20;
@@ -20,11 +21,13 @@ pub(crate) struct Base {
     pub(crate) blocks: Vec<u64>,
     /// What `check` may say of it above note.
     pub(crate) tolerated: Vec<Code>,
+    /// Who else gets to see every crash image that is in order.
+    pub(crate) witness: Option<Arc<dyn Judge>>,
 }
 
 impl Base {
     pub(crate) fn new(image: BuiltImage, blocks: &[u64]) -> Self {
-        Self { image, blocks: blocks.to_vec(), tolerated: Vec::new() }
+        Self { image, blocks: blocks.to_vec(), tolerated: Vec::new(), witness: None }
     }
 }
 

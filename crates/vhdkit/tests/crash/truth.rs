@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vhdkit::Result;
 use vhdkit::format::header::Header;
-use vhdkit::format::log::{Ring, SECTOR, SECTOR_BYTES, find_active_sequence};
+use vhdkit::format::log::{ActiveSequence, Ring, SECTOR, SECTOR_BYTES, find_active_sequence};
 use vhdkit::image::{BlockDevice, ExtentKind, OpenOptions, ParentResolver};
 use vhdkit::storage::Storage;
 
@@ -27,6 +27,15 @@ impl Ring for RingOf<'_> {
     }
 }
 
+/// The sequence of log entries that a dirty header names.
+pub(crate) fn active_sequence(
+    storage: &dyn Storage,
+    header: &Header,
+) -> std::result::Result<Option<ActiveSequence>, String> {
+    let mut ring = RingOf { storage, header, sector: [0; SECTOR_BYTES] };
+    find_active_sequence(&mut ring, header.log_guid).map_err(|error| error.to_string())
+}
+
 /// The newest entry's LastFileOffset holds everything that is mapped, and its FlushedFileOffset is no longer than the file
 /// (W-044).
 pub(crate) fn entries_tell_the_truth(
@@ -37,8 +46,7 @@ pub(crate) fn entries_tell_the_truth(
     if !header.is_dirty() {
         return Ok(());
     }
-    let mut ring = RingOf { storage: storage.as_ref(), header, sector: [0; SECTOR_BYTES] };
-    let active = find_active_sequence(&mut ring, header.log_guid).map_err(|error| error.to_string())?;
+    let active = active_sequence(storage.as_ref(), header)?;
     let Some(head) = active.as_ref().and_then(|active| active.head()) else {
         return Err("the log is dirty and holds no sequence".to_owned());
     };

@@ -52,6 +52,7 @@ struct SessionStart {
 pub(crate) struct CrashJudge {
     inner: ImageJudge,
     start: Mutex<Option<SessionStart>>,
+    witness: Option<Arc<dyn Judge>>,
 }
 
 impl Judge for CrashJudge {
@@ -66,7 +67,7 @@ impl Judge for CrashJudge {
             let old = verify_view(&image.storage(), &start.history, &self.inner);
             old.map_err(|error| format!("the data write GUID is that of the session's start: {error}"))?;
         }
-        Ok(())
+        self.witness.as_ref().map_or(Ok(()), |witness| witness.judge(image, history, case))
     }
 }
 
@@ -79,7 +80,7 @@ pub(crate) fn headers(storage: &dyn Storage) -> [Option<Header>; 2] {
     })
 }
 
-fn current_header(storage: &dyn Storage) -> Result<Header, String> {
+pub(crate) fn current_header(storage: &dyn Storage) -> Result<Header, String> {
     let newest = headers(storage).into_iter().flatten().max_by_key(|header| header.sequence_number);
     newest.ok_or_else(|| "no valid header".to_owned())
 }
@@ -148,7 +149,7 @@ fn judge_of(base: &Base, style: &Style) -> Arc<CrashJudge> {
         replay_percent: style.replay_percent,
         second_cuts: style.second_cuts,
     };
-    Arc::new(CrashJudge { inner, start: Mutex::new(None) })
+    Arc::new(CrashJudge { inner, start: Mutex::new(None), witness: base.witness.clone() })
 }
 
 impl<'a> World<'a> {
