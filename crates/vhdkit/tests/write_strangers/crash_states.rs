@@ -88,8 +88,7 @@ fn sample() -> BTreeMap<&'static str, BTreeMap<u64, CrashImage>> {
     let report = campaign.run(&program);
     println!("{report}");
     report.expect_clean();
-    let phases = std::mem::take(&mut *sample.0.lock().unwrap());
-    phases
+    std::mem::take(&mut *sample.0.lock().unwrap())
 }
 
 /// What was seen.
