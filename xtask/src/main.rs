@@ -29,6 +29,8 @@ fn main() -> ExitCode {
         "ci" => ci::run(rest),
         "fuzz" => fuzz::run(rest),
         "peers" => peers::run(rest),
+        // What a row of `peers` runs in a process of its own.
+        "peers-work" => peers::work(rest),
         "samples" => samples::run(rest),
         "help" | "--help" | "-h" => {
             println!("{USAGE}");

@@ -21,21 +21,24 @@ Exit codes:
   2  wrong usage
   3  not a VHDX, or not supported
   4  the image is corrupt or cut off (any command but check)
-  5  input or output error
-  6  refused: in use, parent denied, not found or the wrong one, target exists, would lose data
-  130 and 143: stopped by SIGINT or SIGTERM; unfinished files are removed
+  5  input or output error, also a file system that is full
+  6  refused: in use, parent denied, not found or the wrong one, target exists, would lose data;
+     to be written and not closed properly (see --replay of write)
+  130 and 143: stopped by SIGINT or SIGTERM; unfinished new files are removed, images that were written are closed
 
 Examples:
   vhdkit info disk.vhdx
   vhdkit create new.vhdx --size 64G
   vhdkit convert disk.vhdx disk.raw
   zcat disk.raw.gz | vhdkit convert - disk.vhdx
-  vhdkit check --strict disk.vhdx";
+  vhdkit check --strict disk.vhdx
+  vhdkit write disk.vhdx --offset 1M --input piece.bin";
 
-/// Look into, create, check and convert VHDX disks: those of Hyper-V, WSL and Azure.
+/// Look into, create, check, convert and write VHDX disks: those of Hyper-V, WSL and Azure.
 ///
-/// Reading never changes a file: an image that was not shut down cleanly is replayed in memory only. A parent is
-/// opened only when it lies in the image's own directory, or where --parent-dir, --parent or --any-parent allow it.
+/// Reading never changes a file: an image that was not shut down cleanly is replayed in memory only. Only write, zero,
+/// discard and replay change an image that is there. A parent is opened only when it lies in the image's own directory, or
+/// where --parent-dir, --parent or --any-parent allow it.
 #[derive(Debug, Parser)]
 #[command(name = "vhdkit", version, propagate_version = true, arg_required_else_help = false, after_long_help = EXIT_CODES,
     subcommand_required = true, max_term_width = 120)]
@@ -100,28 +103,22 @@ pub(crate) enum Color {
     Never,
 }
 
-/// What to do.
+/// What to do. What help says about a command stands at its arguments: a comment here would hide all but its first line.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Show what an image is: type, sizes, identity, log, regions, chain
     Info(InfoArgs),
-    /// Create an empty image, or a child of a parent
     Create(CreateArgs),
-    /// Convert between raw and VHDX, or to another layout
     Convert(ConvertArgs),
-    /// Check an image and list everything that is wrong with it
     Check(CheckArgs),
-    /// Compare what two disks hold
     Compare(CompareArgs),
-    /// Write the bytes of a disk to standard output
     Read(ReadArgs),
-    /// Show where the data of a disk is
+    Write(WriteArgs),
+    Zero(ZeroArgs),
+    Discard(DiscardArgs),
+    Replay(ReplayArgs),
     Map(MapArgs),
-    /// Tell how much space a conversion needs
     Measure(MeasureArgs),
-    /// Print a completion script for a shell
     Completions(CompletionsArgs),
-    /// Print the manual page, or write all of them to a directory
     Man(ManArgs),
 }
 
@@ -270,6 +267,108 @@ pub(crate) struct ReadArgs {
     /// How much to write; to the end of the disk when not given
     #[arg(long, value_name = "BYTES", value_parser = sizes::parse)]
     pub(crate) length: Option<u64>,
+    #[command(flatten)]
+    pub(crate) from: FromArgs,
+}
+
+/// Write bytes into a disk, from a file or standard input
+///
+/// Neither the offset nor the length has to be a multiple of a sector. What was written is on the medium when the command
+/// ends well; a crash, a full file system or a signal in between leaves a valid image. A child gets what is written, its
+/// parents are never changed. Writing to an image that others name as their parent breaks those: they cannot be opened
+/// any more.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit write disk.vhdx --offset 0 --input boot.bin
+  printf 'hello' | vhdkit write disk.vhdx --offset 1M
+  vhdkit read a.vhdx --offset 1G --length 4M | vhdkit write b.vhdx --offset 1G")]
+pub(crate) struct WriteArgs {
+    /// The image
+    #[arg(value_name = "IMAGE", value_hint = ValueHint::FilePath)]
+    pub(crate) image: PathBuf,
+    /// Where on the disk to begin
+    #[arg(long, value_name = "BYTES", value_parser = sizes::parse)]
+    pub(crate) offset: u64,
+    /// What to write, to its end; standard input when not given, or with "-"
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) input: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) writing: WritingArgs,
+}
+
+/// Make a range of a disk read as zero
+///
+/// Whole blocks give their space back, except those of a fixed disk; parts of blocks are overwritten with zeros. What a
+/// parent has there is hidden. Writing to an image that others name as their parent breaks those: they cannot be opened
+/// any more.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit zero disk.vhdx --offset 0 --length 1M
+  vhdkit zero disk.vhdx --offset 0x7e00 --length 512 --json")]
+pub(crate) struct ZeroArgs {
+    #[command(flatten)]
+    pub(crate) range: RangeArgs,
+    #[command(flatten)]
+    pub(crate) writing: WritingArgs,
+}
+
+/// Give back the space of a range of a disk
+///
+/// For what the guest does not need any more. Blocks that lie in the range as a whole give their space back and read as zero;
+/// the rest of the range stays as it is. A fixed disk keeps all its space. Writing to an image that others name as their
+/// parent breaks those: they cannot be opened any more.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit discard disk.vhdx --offset 1G --length 3G
+  vhdkit discard disk.vhdx --offset 1G --length 3G --json")]
+pub(crate) struct DiscardArgs {
+    #[command(flatten)]
+    pub(crate) range: RangeArgs,
+    #[command(flatten)]
+    pub(crate) writing: WritingArgs,
+}
+
+/// Put the log of an image that was not closed properly into place
+///
+/// Such a log holds changes that belong to the image; every reader has to put them over the file first. This makes them
+/// part of the file, as the program that wrote them would with its next start, and tells what they were. A clean image stays
+/// as it is, byte for byte. Parents are not opened. Make sure that nobody uses the image: Windows' locks (WSL, a share)
+/// cannot be seen.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit info disk.vhdx      # what the log would change
+  vhdkit replay disk.vhdx
+  vhdkit replay disk.vhdx --json")]
+pub(crate) struct ReplayArgs {
+    /// The image
+    #[arg(value_name = "IMAGE", value_hint = ValueHint::FilePath)]
+    pub(crate) image: PathBuf,
+    #[command(flatten)]
+    pub(crate) from: FromArgs,
+}
+
+/// A range of an image's disk.
+#[derive(Debug, Args)]
+pub(crate) struct RangeArgs {
+    /// The image
+    #[arg(value_name = "IMAGE", value_hint = ValueHint::FilePath)]
+    pub(crate) image: PathBuf,
+    /// Where on the disk the range begins
+    #[arg(long, value_name = "BYTES", value_parser = sizes::parse)]
+    pub(crate) offset: u64,
+    /// Bytes of the range
+    #[arg(long, value_name = "BYTES", value_parser = sizes::parse)]
+    pub(crate) length: u64,
+}
+
+/// How an image is written.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct WritingArgs {
+    /// Put the log of an image that was not closed properly into place first
+    ///
+    /// Without this such an image is refused: it may be in use by Windows (WSL, a share) under a lock that cannot be seen.
+    #[arg(long)]
+    pub(crate) replay: bool,
     #[command(flatten)]
     pub(crate) from: FromArgs,
 }

@@ -29,7 +29,7 @@ pub(crate) fn run(arguments: Vec<OsString>) -> ExitCode {
         Err(error) => return finish(Err(Failure::Clap(error)), &Ui::before_parsing(json), &Interrupt::default()),
     };
     let ui = Ui::new(&low.global);
-    let interrupt = match Interrupt::install(makes_a_file(&low.command)) {
+    let interrupt = match Interrupt::install(has_an_end_to_bring_about(&low.command)) {
         Ok(interrupt) => interrupt,
         Err(error) => {
             let failure = Failure::Library(Error::io("cannot handle signals", error));
@@ -41,10 +41,10 @@ pub(crate) fn run(arguments: Vec<OsString>) -> ExitCode {
     finish(result, &context.ui, &context.interrupt)
 }
 
-/// Whether there is something to clean up when a signal comes.
-fn makes_a_file(command: &Command) -> bool {
+/// Whether there is something to do when a signal comes: a new file to remove, an image to close.
+fn has_an_end_to_bring_about(command: &Command) -> bool {
     match command {
-        Command::Create(_) => true,
+        Command::Create(_) | Command::Write(_) | Command::Zero(_) | Command::Discard(_) | Command::Replay(_) => true,
         Command::Convert(args) => !is_standard_stream(&args.target),
         Command::Map(args) => args.svg.as_deref().is_some_and(|svg| !is_standard_stream(svg)),
         _ => false,
@@ -59,6 +59,10 @@ fn dispatch(context: &Context, command: Command) -> Result<Answer, Failure> {
         Command::Check(args) => commands::check::run(context, &args),
         Command::Compare(args) => commands::compare::run(context, &args),
         Command::Read(args) => commands::read::run(context, &args),
+        Command::Write(args) => commands::write::run(context, &args),
+        Command::Zero(args) => commands::clear::zero(context, &args),
+        Command::Discard(args) => commands::clear::discard(context, &args),
+        Command::Replay(args) => commands::replay::run(context, &args),
         Command::Map(args) => commands::map::run(context, &args),
         Command::Measure(args) => commands::measure::run(context, &args),
         Command::Completions(args) => commands::manual::completions(&args),
@@ -71,7 +75,7 @@ fn finish(result: Result<Answer, Failure>, ui: &Ui, interrupt: &Interrupt) -> Ex
     let stopped = interrupt.exit_code().filter(|_| result.is_err());
     let code = stopped.unwrap_or_else(|| exit_code(&result));
     let Err(failure) = result else { return ExitCode::from(code) };
-    if stopped.is_some() {
+    if stopped.is_some() && !matches!(failure, Failure::Cut { .. }) {
         let error = Error::new(ErrorKind::Cancelled, "stopped by a signal; unfinished files were removed");
         ui.report(&Failure::Library(error.with_hint("run it again")), code);
     } else if !failure.is_broken_pipe() {

@@ -28,8 +28,35 @@ pub(crate) enum Failure {
     Usage { message: String, hint: String },
     /// The library says so.
     Library(Error),
+    /// A change of an image ended before its end.
+    Cut { error: Error, done: Done },
     /// Standard output cannot be written.
     Output(io::Error),
+}
+
+/// How far a change of an image came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Done {
+    /// What was done: "written", "zeroed".
+    pub(crate) verb: &'static str,
+    /// So many bytes from the start.
+    pub(crate) bytes: u64,
+    /// Whether the image was closed, and so all of that is in it for good.
+    pub(crate) closed: bool,
+}
+
+impl Done {
+    fn to_text(self) -> String {
+        let Self { verb, bytes, closed } = self;
+        let were = if bytes == 1 { "byte was" } else { "bytes were" };
+        if closed {
+            format!("{bytes} {were} {verb} before, and the image is valid")
+        } else if bytes == 0 {
+            format!("0 bytes were {verb}; the image could not be closed")
+        } else {
+            format!("{bytes} {were} {verb} before, but the image could not be closed, so that they may be missing")
+        }
+    }
 }
 
 impl Failure {
@@ -43,7 +70,7 @@ impl Failure {
         let error = match self {
             Self::Output(error) => Some(error),
             Self::Library(error) => error.io_error(),
-            Self::Clap(_) | Self::Usage { .. } => None,
+            Self::Clap(_) | Self::Usage { .. } | Self::Cut { .. } => None,
         };
         error.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
     }
@@ -71,7 +98,7 @@ pub(crate) fn exit_code(result: &Result<Answer, Failure>) -> u8 {
         Err(Failure::Clap(error)) if !error.use_stderr() => 0,
         Err(Failure::Clap(_) | Failure::Usage { .. }) => 2,
         Err(Failure::Output(_)) => 5,
-        Err(Failure::Library(error)) => exit_code_of_kind(error.kind()),
+        Err(Failure::Library(error) | Failure::Cut { error, .. }) => exit_code_of_kind(error.kind()),
     }
 }
 
@@ -88,9 +115,10 @@ fn exit_code_of_kind(kind: ErrorKind) -> u8 {
         | ErrorKind::NeedsReplay
         | ErrorKind::ReadOnly
         | ErrorKind::Locked
+        | ErrorKind::Busy
         | ErrorKind::Exists
         | ErrorKind::Refused => 6,
-        _ => 5, // Io; Cancelled only comes with a signal, whose code goes first
+        _ => 5, // Io, Poisoned; Cancelled only comes with a signal, whose code goes first
     }
 }
 
@@ -105,6 +133,7 @@ pub(crate) struct Report {
     offset: Option<u64>,
     hint: String,
     exit_code: u8,
+    done: Option<Done>,
 }
 
 impl Report {
@@ -119,6 +148,7 @@ impl Report {
             offset: None,
             hint: escape(hint).into_owned(),
             exit_code,
+            done: None,
         };
         match failure {
             Failure::Clap(error) => plain("usage", clap_message(error), "see `vhdkit --help`"),
@@ -127,6 +157,14 @@ impl Report {
                 plain("io", format!("cannot write to standard output: {error}"), io_hint(error.kind()))
             }
             Failure::Library(error) => Self::of_library(error, exit_code),
+            Failure::Cut { error, done } => {
+                let mut report = Self::of_library(error, exit_code);
+                if !done.closed && is_full(error) {
+                    // The library's hint promises more than holds for an image that could not be closed.
+                    report.hint = "make room, then do it again; what was on the disk before is safe".to_owned();
+                }
+                Self { message: format!("{}; {}", report.message, done.to_text()), done: Some(*done), ..report }
+            }
         }
     }
 
@@ -148,6 +186,7 @@ impl Report {
             offset: error.location().and_then(|location| location.offset()),
             hint: escape(&hint(error)).into_owned(),
             exit_code,
+            done: None,
         }
     }
 
@@ -159,7 +198,7 @@ impl Report {
 
     /// For scripts.
     pub(crate) fn to_json(&self) -> Value {
-        json!({ "error": {
+        let mut report = json!({ "error": {
             "kind": self.kind,
             "code": self.code,
             "rule": self.rule,
@@ -168,7 +207,14 @@ impl Report {
             "offset": self.offset,
             "hint": self.hint,
             "exit_code": self.exit_code,
-        }})
+        }});
+        if let Some(done) = self.done
+            && let Some(error) = report.get_mut("error").and_then(Value::as_object_mut)
+        {
+            error.insert("bytes_done".to_owned(), done.bytes.into());
+            error.insert("closed".to_owned(), done.closed.into());
+        }
+        report
     }
 }
 
@@ -199,7 +245,9 @@ fn fallback_hint(error: &Error) -> String {
         ErrorKind::Truncated => "the file was cut off; get a complete copy",
         ErrorKind::Unsupported => "use the program that made the image to convert it",
         ErrorKind::Limit => "this image goes beyond what vhdkit handles; use the program that made it to convert it",
-        ErrorKind::NeedsReplay => "open it without --strict, or let the program that made it close it properly",
+        ErrorKind::NeedsReplay => {
+            "open it without --strict, or put its log into place with `vhdkit replay` when nobody uses it"
+        }
         ErrorKind::ParentDenied => "allow the place with --parent-dir DIR, or name the parent with --parent FILE",
         ErrorKind::ParentNotFound => "name the parent with --parent FILE, or its directory with --parent-dir DIR",
         ErrorKind::ParentMismatch => {
@@ -211,12 +259,22 @@ fn fallback_hint(error: &Error) -> String {
         ErrorKind::OutOfRange => "`vhdkit info` tells the size of the disk",
         ErrorKind::InvalidArgument => "see the command's --help for what is allowed",
         ErrorKind::Locked => "close the program that uses the file, or look at it all the same with --force-share",
+        ErrorKind::Busy => "try again when the other operation has ended",
+        ErrorKind::Poisoned => {
+            "what was there before is safe; find the cause of the first error, then open the image again"
+        }
         ErrorKind::Exists => "choose another name, or replace it with --force",
         ErrorKind::Refused => "choose another target",
         ErrorKind::Cancelled => "run it again; nothing was left behind",
         _ => error.io_error().map_or("run it again", |error| io_hint(error.kind())),
     };
     text.to_owned()
+}
+
+/// True for an error that making room cures.
+fn is_full(error: &Error) -> bool {
+    let kind = error.io_error().map(io::Error::kind);
+    matches!(kind, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
 }
 
 fn check_hint(error: &Error) -> String {
@@ -233,7 +291,9 @@ fn io_hint(kind: io::ErrorKind) -> &'static str {
         io::ErrorKind::PermissionDenied => "check the permissions of the file and its directory, or run as its owner",
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "free some space, or choose another file system",
         io::ErrorKind::InvalidFilename => "choose a shorter name",
-        io::ErrorKind::FileTooLarge => "choose a file system that takes files of this size",
+        io::ErrorKind::FileTooLarge => {
+            "raise the limit (ulimit -f), or choose a file system that takes files of this size"
+        }
         io::ErrorKind::IsADirectory => "name a file, not a directory",
         io::ErrorKind::NotADirectory => "check the directories in the name",
         io::ErrorKind::ReadOnlyFilesystem => "choose a place that can be written",
@@ -269,6 +329,8 @@ mod tests {
             (ErrorKind::OutOfRange, 2),
             (ErrorKind::InvalidArgument, 2),
             (ErrorKind::Locked, 6),
+            (ErrorKind::Busy, 6),
+            (ErrorKind::Poisoned, 5),
             (ErrorKind::Exists, 6),
             (ErrorKind::Refused, 6),
             (ErrorKind::Io, 5),
@@ -283,6 +345,27 @@ mod tests {
             assert!(report.to_text().starts_with("vhdkit: what\\u{1b} happened"), "{}", report.to_text());
             assert_eq!(report.to_json()["error"]["exit_code"], expected);
         }
+    }
+
+    #[test]
+    fn what_was_cut_off_says_how_far_it_came() {
+        let full = || Error::io("cannot write", io::Error::from_raw_os_error(28)).with_path("a.vhdx");
+        let cut = |bytes, closed| {
+            let failure = Failure::Cut { error: full(), done: Done { verb: "written", bytes, closed } };
+            let code = exit_code(&Err(failure));
+            assert_eq!(code, 5);
+            let failure = Failure::Cut { error: full(), done: Done { verb: "written", bytes, closed } };
+            Report::new(&failure, code)
+        };
+        let text = cut(4096, true).to_text();
+        assert!(text.contains("a.vhdx: cannot write: No space left on device"), "{text}");
+        assert!(text.contains("4096 bytes were written before, and the image is valid"), "{text}");
+        assert!(text.contains("hint: free some space"), "{text}");
+        assert!(cut(8192, false).to_text().contains("hint: make room, then do it again"));
+        let error = cut(1, false).to_json()["error"].clone();
+        assert_eq!((&error["bytes_done"], &error["closed"]), (&1.into(), &false.into()));
+        assert!(error["message"].as_str().unwrap_or_default().contains("1 byte was written before, but"), "{error}");
+        assert!(cut(0, false).to_text().contains("0 bytes were written; the image could not"));
     }
 
     #[test]

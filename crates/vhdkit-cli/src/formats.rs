@@ -97,7 +97,7 @@ pub(crate) fn source_format(
     }
     if is_standard_stream(path) {
         return Err(Failure::usage(
-            "only `convert` reads standard input, which is read from front to back",
+            "only `convert` takes a disk from standard input, which is read from front to back",
             "save it to a file first; a file that is named so is ./-",
         ));
     }

@@ -1,10 +1,11 @@
-//! The command `vhdkit`: look into, create, check and convert VHDX disks.
+//! The command `vhdkit`: look into, create, check, convert and write VHDX disks.
 
 mod args;
 mod cli;
 mod commands;
 mod failure;
 mod formats;
+mod input;
 mod map;
 mod opening;
 mod progress;
@@ -13,6 +14,7 @@ mod signals;
 mod sizes;
 mod target;
 mod ui;
+mod writing;
 
 use std::process::ExitCode;
 

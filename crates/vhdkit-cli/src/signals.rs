@@ -1,8 +1,10 @@
 //! SIGINT and SIGTERM: the first one cancels, the second one ends the process at once.
 //!
-//! Commands that make no file have nothing to clean up; they end at the first signal, wherever they are blocked.
+//! Commands that make no file and change no image have nothing to clean up; they end at the first signal, wherever they are
+//! blocked.
 
 use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -55,6 +57,25 @@ impl Interrupt {
     }
 }
 
+/// Reads what there is; gives up when a signal comes, however long nothing arrives.
+pub(crate) fn read_interruptibly(input: impl AsFd, interrupt: &Interrupt, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        if interrupt.is_set() {
+            return Err(io::Error::other("stopped by a signal"));
+        }
+        match poll(&mut [PollFd::new(&input, PollFlags::IN)], Some(&POLL)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+            Ok(_) => {}
+            Err(error) => return Err(error.into()),
+        }
+        match rustix::io::read(&input, &mut *buffer) {
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+            Err(error) => return Err(error.into()),
+            Ok(count) => return Ok(count),
+        }
+    }
+}
+
 /// Standard input without a buffer; reading ends when a signal comes, however long nothing arrives.
 #[derive(Debug)]
 pub(crate) struct Stdin {
@@ -80,24 +101,8 @@ impl Stdin {
 
 impl Read for Stdin {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let input = rustix::stdio::stdin();
-        loop {
-            if self.interrupt.is_set() {
-                return Err(io::Error::other("stopped by a signal"));
-            }
-            match poll(&mut [PollFd::new(&input, PollFlags::IN)], Some(&POLL)) {
-                Ok(0) | Err(rustix::io::Errno::INTR) => continue,
-                Ok(_) => {}
-                Err(error) => return Err(error.into()),
-            }
-            match rustix::io::read(input, &mut *buffer) {
-                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                Err(error) => return Err(error.into()),
-                Ok(count) => {
-                    self.look(buffer.get(..count).unwrap_or_default());
-                    return Ok(count);
-                }
-            }
-        }
+        let count = read_interruptibly(rustix::stdio::stdin(), &self.interrupt, buffer)?;
+        self.look(buffer.get(..count).unwrap_or_default());
+        Ok(count)
     }
 }

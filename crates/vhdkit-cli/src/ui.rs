@@ -95,6 +95,13 @@ impl Ui {
         }
     }
 
+    /// Says something that a user in front of a terminal should know, on standard error.
+    pub(crate) fn note(&self, message: &str) {
+        if !self.quiet && !self.json {
+            self.stderr_line(&format!("vhdkit: {}", escape(message)));
+        }
+    }
+
     /// Says something that only a user who asks for more wants to know, on standard error.
     pub(crate) fn detail(&self, message: &str) {
         if self.verbose && !self.json {

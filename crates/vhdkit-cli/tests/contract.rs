@@ -12,10 +12,24 @@ mod common;
 
 use common::{MIB, Scratch, dynamic, junk, make_fifo};
 
-const ALL: [&str; 10] =
-    ["info", "create", "convert", "check", "compare", "read", "map", "measure", "completions", "man"];
+const ALL: [&str; 14] = [
+    "info",
+    "create",
+    "convert",
+    "check",
+    "compare",
+    "read",
+    "write",
+    "zero",
+    "discard",
+    "replay",
+    "map",
+    "measure",
+    "completions",
+    "man",
+];
 
-/// Every command that opens an image, with the arguments that make it do so. `@` is the image.
+/// Every command that only reads an image, with the arguments that make it do so. `@` is the image.
 const READERS: [(&str, &[&str]); 12] = [
     ("info", &["info", "@"]),
     ("info --dump", &["info", "--dump", "@"]),
@@ -31,19 +45,42 @@ const READERS: [(&str, &[&str]); 12] = [
     ("create", &["create", "child.vhdx", "--parent", "@"]),
 ];
 
+/// Every command that changes an image.
+const WRITERS: [(&str, &[&str]); 4] = [
+    ("write", &["write", "@", "--offset", "0"]),
+    ("zero", &["zero", "@", "--offset", "0", "--length", "1M"]),
+    ("discard", &["discard", "@", "--offset", "0", "--length", "1M"]),
+    ("replay", &["replay", "@"]),
+];
+
 /// Runs each reader on an image in a directory of its own, which `make` fills.
 fn for_each_reader(make: impl Fn(&Scratch), image: &str, judge: impl Fn(&str, &Scratch, common::Run)) {
-    for (name, arguments) in READERS {
+    for_each(&READERS, make, image, judge);
+}
+
+/// The same for each command that opens an image.
+fn for_each_opener(make: impl Fn(&Scratch), image: &str, judge: impl Fn(&str, &Scratch, common::Run)) {
+    for_each(&[&READERS[..], &WRITERS].concat(), make, image, judge);
+}
+
+fn for_each(
+    commands: &[(&str, &[&str])],
+    make: impl Fn(&Scratch),
+    image: &str,
+    judge: impl Fn(&str, &Scratch, common::Run),
+) {
+    for (name, arguments) in commands {
         let scratch = Scratch::new();
         scratch.image("good.vhdx");
         make(&scratch);
         let arguments: Vec<&str> = arguments.iter().map(|word| if *word == "@" { image } else { word }).collect();
-        let before = scratch.names();
+        let (before, sums) = (scratch.names(), scratch.sums());
         let run = scratch.run(&arguments);
         let failed = run.code != Some(0);
         judge(name, &scratch, run);
         if failed {
             assert_eq!(scratch.names(), before, "{name} left something behind");
+            assert_eq!(scratch.sums(), sums, "{name} changed a file");
         }
     }
 }
@@ -67,6 +104,9 @@ fn help_has_examples_and_goes_to_standard_output() {
         }
         scratch.run(&[command, "--version"]).expect(0).silent();
     }
+    // The long help is more than the first line.
+    let help = scratch.run(&["check", "--help"]).expect(0).out;
+    assert!(help.contains("Never changes the image."), "{help}");
     let run = scratch.run(&["--help"]).expect(0).silent();
     assert!(ALL.iter().all(|command| run.out.contains(command)), "{}", run.out);
     assert!(run.out.contains("Exit codes:"));
@@ -91,6 +131,21 @@ fn every_option_of_the_contract_is_known() {
     let convert = scratch.run(&["convert", "--help"]).out;
     for option in ["--from", "--to", "--size", "--no-zero-scan", "--no-sync", "--verify"] {
         assert!(convert.contains(option), "{option}");
+    }
+    for (command, options) in [
+        ("write", &["--offset", "--input", "--replay"][..]),
+        ("zero", &["--offset", "--length", "--replay"]),
+        ("discard", &["--offset", "--length", "--replay"]),
+    ] {
+        let help = scratch.run(&[command, "--help"]).out;
+        for option in options {
+            assert!(help.contains(option), "{command} {option}");
+        }
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(
+            help.contains("Writing to an image that others name as their parent breaks those"),
+            "{command}: {help}"
+        );
     }
 }
 
@@ -123,6 +178,13 @@ fn a_wrong_command_line_is_usage() {
         &["convert", "-", "a.vhdx", "--verify"],
         &["convert", "a.vhdx", "b.raw", "--fixed"],
         &["read", "a.vhdx", "--offset", "-1"],
+        &["write", "a.vhdx", "--offset", "-1"],
+        &["write", "a.vhdx", "--offset", "1X"],
+        &["write", "a.vhdx", "--input", "b"],
+        &["zero", "a.vhdx", "--offset", "0"],
+        &["discard", "a.vhdx", "--length", "1M"],
+        &["write", "a.vhdx", "--offset", "0", "--force-share"],
+        &["replay", "a.vhdx", "--force-share"],
     ] {
         let run = scratch.run(contradiction).expect(2);
         assert_eq!(run.out, "", "{contradiction:?}");
@@ -144,7 +206,7 @@ fn usage_errors_are_json_too() {
 
 #[test]
 fn a_file_that_is_not_there() {
-    for_each_reader(
+    for_each_opener(
         |_| {},
         "missing.vhdx",
         |name, _, run| {
@@ -156,7 +218,7 @@ fn a_file_that_is_not_there() {
 
 #[test]
 fn a_directory() {
-    for_each_reader(
+    for_each_opener(
         |scratch| std::fs::create_dir(scratch.join("directory.vhdx")).unwrap(),
         "directory.vhdx",
         |name, _, run| {
@@ -170,7 +232,7 @@ fn a_directory() {
 #[test]
 fn a_fifo_is_an_error_and_no_hang() {
     for file in ["fifo.vhdx", "fifo.raw"] {
-        for_each_reader(
+        for_each_opener(
             |scratch| make_fifo(&scratch.join(file)),
             file,
             |name, _, run| {
@@ -184,7 +246,7 @@ fn a_fifo_is_an_error_and_no_hang() {
 #[test]
 fn a_file_of_a_few_bytes() {
     for content in [b"".as_slice(), b"abc", b"vhdxfil"] {
-        for_each_reader(
+        for_each_opener(
             |scratch| drop(scratch.write("tiny.vhdx", content)),
             "tiny.vhdx",
             |name, _, run| assert_is_an_error(name, &run.expect(3), "tiny.vhdx"),
@@ -195,7 +257,7 @@ fn a_file_of_a_few_bytes() {
 #[test]
 fn not_a_vhdx() {
     let bytes = junk(2 << 20);
-    for_each_reader(
+    for_each_opener(
         |scratch| drop(scratch.write("junk.vhdx", &bytes)),
         "junk.vhdx",
         |name, _, run| assert_is_an_error(name, &run.expect(3), "junk.vhdx"),
@@ -209,13 +271,13 @@ fn a_vhd_is_named() {
     let mut fixed_vhd = vec![0; 4096];
     fixed_vhd[3584..3592].copy_from_slice(b"conectix");
     for (file, bytes) in [("old.vhd", &dynamic_vhd), ("old.vhdx", &dynamic_vhd), ("fixed.vhd", &fixed_vhd)] {
-        for_each_reader(
+        for_each_opener(
             |scratch| drop(scratch.write(file, bytes)),
             file,
             |name, _, run| assert!(run.err.contains("VHD, the older format"), "{name}: {run:?}"),
         );
     }
-    for_each_reader(
+    for_each_opener(
         |scratch| drop(scratch.write("set.vhds", &junk(4096))),
         "set.vhds",
         |name, _, run| {
@@ -230,7 +292,7 @@ fn a_file_that_was_cut_off() {
     let whole = dynamic().build().file;
     for length in [8, 4096, 300 << 10, (1 << 20) + 4096] {
         let bytes = whole.read(0, length);
-        for_each_reader(
+        for_each_opener(
             |scratch| drop(scratch.write("cut.vhdx", &bytes)),
             "cut.vhdx",
             |name, _, run| {
@@ -251,7 +313,7 @@ fn damaged_headers() {
         let built = dynamic().patch(64 << 10, &[0xff; 4096]).patch(128 << 10, &[0xff; 4096]).build();
         built.write_to(&scratch.join("damaged.vhdx")).unwrap();
     };
-    for_each_reader(make, "damaged.vhdx", |name, _, run| {
+    for_each_opener(make, "damaged.vhdx", |name, _, run| {
         let run = if name == "check" { run.expect(1) } else { run.expect(4) };
         if name != "check" {
             assert_is_an_error(name, &run, "damaged.vhdx");
@@ -262,7 +324,7 @@ fn damaged_headers() {
 
 #[test]
 fn errors_as_json_objects_on_standard_error() {
-    for (name, arguments) in READERS {
+    for (name, arguments) in [&READERS[..], &WRITERS].concat() {
         let scratch = Scratch::new();
         scratch.image("good.vhdx");
         scratch.write("junk.vhdx", &junk(8192));
@@ -303,7 +365,7 @@ fn reading_leaves_every_file_as_it_was() {
 #[test]
 fn names_with_control_characters_never_reach_the_output() {
     let hostile = "a\u{1b}[31m\u{202e}b.vhdx";
-    for_each_reader(
+    for_each_opener(
         |scratch| {
             scratch.image(hostile);
         },
@@ -313,7 +375,7 @@ fn names_with_control_characters_never_reach_the_output() {
             assert!(!text.contains('\u{1b}') && !text.contains('\u{202e}'), "{name}: {text:?}");
         },
     );
-    for_each_reader(
+    for_each_opener(
         |_| {},
         hostile,
         |name, _, run| {

@@ -10,29 +10,19 @@
 
 mod common;
 
-use std::io::Write as _;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use common::{MIB, Run, Scratch, junk};
 use vhdkit_testkit::foreign;
-
-fn with_stdin(scratch: &Scratch, arguments: &[&str], bytes: &[u8]) -> Run {
-    let mut command = scratch.command(arguments);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stdin = child.stdin.take().unwrap();
-    let _ = stdin.write_all(bytes); // given up early when the command line is wrong
-    drop(stdin);
-    Run::new(child.wait_with_output().unwrap())
-}
 
 #[test]
 fn the_size_of_a_stream_need_not_be_whole_sectors() {
     let scratch = Scratch::new();
     let bytes = junk(70_001);
-    let run = with_stdin(&scratch, &["convert", "-", "a.vhdx", "--size", "70001"], &bytes).expect(0);
+    let run = scratch.pipe(&["convert", "-", "a.vhdx", "--size", "70001"], &bytes).expect(0);
     assert!(run.err.contains("padded with 143 bytes"), "{}", run.err);
     let sectors = ["--logical-sector-size", "4096"];
-    with_stdin(&scratch, &[&["convert", "-", "b.vhdx", "--size", "70001"], &sectors[..]].concat(), &bytes).expect(0);
+    scratch.pipe(&[&["convert", "-", "b.vhdx", "--size", "70001"], &sectors[..]].concat(), &bytes).expect(0);
     for (name, length) in [("a.vhdx", 70_144), ("b.vhdx", 73_728)] {
         let read = scratch.run(&["read", name]).expect(0).stdout;
         assert_eq!((read.len(), &read[..70_001]), (length, &bytes[..]), "{name}");
@@ -46,16 +36,16 @@ fn standard_input_that_looks_like_a_vhdx_is_raw_and_said_to_be() {
     scratch.image("inner.vhdx");
     let file = std::fs::read(scratch.join("inner.vhdx")).unwrap();
     for target in ["out.vhdx", "out.raw"] {
-        let run = with_stdin(&scratch, &["convert", "-", target], &file).expect(0);
+        let run = scratch.pipe(&["convert", "-", target], &file).expect(0);
         assert!(run.err.contains("looks like a VHDX") && run.err.contains("--from vhdx"), "{}", run.err);
         assert_eq!(run.err.matches("looks like").count(), 1, "{}", run.err);
         assert_eq!(scratch.run(&["read", target]).expect(0).stdout, file);
     }
-    with_stdin(&scratch, &["convert", "-", "other.raw"], &junk(4096)).expect(0).silent();
+    scratch.pipe(&["convert", "-", "other.raw"], &junk(4096)).expect(0).silent();
 }
 
 #[test]
-fn only_convert_reads_standard_input() {
+fn only_convert_takes_a_disk_from_standard_input() {
     let scratch = Scratch::new();
     scratch.image("disk.vhdx");
     for arguments in [
@@ -65,6 +55,10 @@ fn only_convert_reads_standard_input() {
         &["read", "-"],
         &["compare", "-", "disk.vhdx"],
         &["measure", "-"],
+        &["write", "-", "--offset", "0"],
+        &["zero", "-", "--offset", "0", "--length", "1"],
+        &["discard", "-", "--offset", "0", "--length", "1"],
+        &["replay", "-"],
     ] {
         let run = scratch.run(arguments).expect(2);
         assert!(run.err.contains("standard input") && run.err.contains("hint: "), "{arguments:?}: {}", run.err);

@@ -58,7 +58,7 @@ pub fn run(command: &mut Command, timeout: Duration) -> io::Result<Output> {
             return Err(io::Error::new(io::ErrorKind::TimedOut, format!("{command:?} ran longer than {timeout:?}")));
         }
         std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(50));
+        pause = (pause * 2).min(Duration::from_millis(5));
     };
     let collect = |thread: Option<std::thread::JoinHandle<Vec<u8>>>| {
         thread.map(|thread| thread.join().expect("the reader does not panic")).unwrap_or_default()

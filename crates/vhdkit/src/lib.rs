@@ -1,9 +1,11 @@
-//! Read, create, check and convert VHDX disks: the format of Hyper-V, WSL and Azure's tools.
+//! Read, write, create, check and convert VHDX disks: the format of Hyper-V, WSL and Azure's tools.
 //!
 //! # Tour
 //!
 //! - [`image::OpenOptions`] opens an [`image::Image`]: fixed, dynamic or differencing, with its chain of parents. A dirty
-//!   log is replayed into memory; files are never changed by reading them.
+//!   log is replayed into memory; files are never changed by reading them. Opened with
+//!   [`write(true)`](image::OpenOptions::write), it takes writes, zeroes, discards and flushes; a crash at any moment loses
+//!   nothing that was flushed (`docs/durability.md`).
 //! - [`image::BlockDevice`] is what images and raw disks ([`image::RawDisk`]) have in common: `read_at` with `&self` from
 //!   many threads, and [`visit_extents`](image::BlockDevice::visit_extents), which tells data from zeros and holes and names
 //!   the layer and the place in its file.
@@ -28,6 +30,25 @@
 //! let mut sector = [0xff; 512];
 //! image.read_at(&mut sector, 1 << 30)?;
 //! assert_eq!(sector, [0; 512]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Writing is the same with `write(true)`, and ends with [`close`](image::Image::close), which says whether all went well:
+//!
+//! ```
+//! # use std::sync::Arc;
+//! # use vhdkit::image::{BlockDevice, OpenOptions};
+//! # use vhdkit::ops::create::{CreateOptions, create};
+//! # use vhdkit::storage::{MemoryStorage, Storage};
+//! # fn main() -> vhdkit::Result<()> {
+//! # let file: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+//! # create(&file, &CreateOptions::new(64 << 30), &())?;
+//! let image = OpenOptions::new().write(true).open(file, None)?;
+//! image.write_at(b"boot", 0)?;
+//! image.write_zeroes(1 << 20..1 << 30, true)?;
+//! image.flush()?; // what was written is durable
+//! image.close()?;
 //! # Ok(())
 //! # }
 //! ```

@@ -79,3 +79,31 @@ fn zeroed_and_discarded_blocks_give_their_space_back() {
     assert_clean(&storage);
     assert_eq!(storage.len().unwrap(), empty + 20 * MIB, "the new blocks went where the old ones were");
 }
+
+/// Old versions of QEMU cut the file behind the last block's last sector of the disk. What lies behind belongs to the block
+/// all the same.
+#[test]
+fn the_cut_end_of_the_last_block_is_not_given_to_another() {
+    use vhdkit_testkit::{BlockSpec, Content, ImageBuilder};
+    let built = ImageBuilder::new(64 * MIB + 5 * MIB, 32 << 20)
+        .block(2, BlockSpec::present(Content::Sparse { seed: 3, stride: 1 }))
+        .build();
+    let start = built.layout.payload_block(2);
+    let mut file = built.file.clone();
+    file.set_len(start + 5 * MIB);
+    let mut bytes = vec![0; usize::try_from(file.len()).unwrap()];
+    bytes.copy_from_slice(&file.read(0, usize::try_from(file.len()).unwrap()));
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::from_bytes(bytes));
+    let image = open(&storage);
+    image.write_at(&[7; 4096], 0).unwrap();
+    image.write_at(&[8; 4096], 68 * MIB).unwrap();
+    image.flush().unwrap();
+    image.write_at(&[9; 4096], 32 * MIB).unwrap();
+    image.close().unwrap();
+    assert_clean(&storage);
+    let image = OpenOptions::new().open(storage, None).unwrap();
+    assert_eq!(read(&image, 0, 4096), [7; 4096]);
+    assert_eq!(read(&image, 32 * MIB, 4096), [9; 4096]);
+    assert_eq!(read(&image, 68 * MIB, 4096), [8; 4096]);
+    assert_eq!(read(&image, 64 * MIB, 4 << 20), built.model.read(64 * MIB, 4 << 20));
+}

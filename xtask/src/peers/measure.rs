@@ -101,6 +101,17 @@ pub(crate) struct Measured {
 }
 
 impl Measured {
+    /// What was measured in this process.
+    pub(crate) fn of(label: &str, line: &str, mut figures: Vec<f64>) -> Self {
+        figures.sort_by(f64::total_cmp);
+        Self { label: label.to_owned(), line: line.to_owned(), figures, peak_kib: None, failure: None }
+    }
+
+    /// How many times the least the most is.
+    pub(crate) fn spread(&self) -> Option<f64> {
+        self.figures.last().zip(self.figures.first()).map(|(most, least)| most / least)
+    }
+
     /// The middle one of the runs.
     pub(crate) fn median(&self) -> Option<f64> {
         self.figures.get(self.figures.len() / 2).copied().filter(|_| self.failure.is_none())
@@ -126,6 +137,42 @@ pub(crate) fn alternate(contenders: &[Contender], rounds: usize) -> Vec<Measured
             }
             match contender.run() {
                 Ok(seconds) => measured.figures.push(seconds),
+                Err(error) => measured.failure = Some(error.to_string()),
+            }
+        }
+    }
+    for measured in &mut measured {
+        measured.figures.sort_by(f64::total_cmp);
+    }
+    measured
+}
+
+/// Something that gives a figure each time it is run, for the most part inside this process.
+pub(crate) struct Sampler<'a> {
+    label: &'static str,
+    line: String,
+    run: Box<dyn FnMut() -> Outcome<f64> + 'a>,
+}
+
+impl<'a> Sampler<'a> {
+    /// A name in the table, what it does, and how.
+    pub(crate) fn new(label: &'static str, line: impl Into<String>, run: impl FnMut() -> Outcome<f64> + 'a) -> Self {
+        Self { label, line: line.into(), run: Box::new(run) }
+    }
+}
+
+/// Lets samplers take turns: one run each to warm up, then `rounds` that count. Of one that fails, the failure is kept.
+pub(crate) fn alternate_samples(mut samplers: Vec<Sampler<'_>>, rounds: usize) -> Vec<Measured> {
+    let mut measured: Vec<Measured> =
+        samplers.iter().map(|sampler| Measured::of(sampler.label, &sampler.line, Vec::new())).collect();
+    for round in 0..=rounds {
+        for (sampler, measured) in samplers.iter_mut().zip(&mut measured) {
+            if measured.failure.is_some() {
+                continue;
+            }
+            match (sampler.run)() {
+                Ok(figure) if round > 0 => measured.figures.push(figure),
+                Ok(_) => {}
                 Err(error) => measured.failure = Some(error.to_string()),
             }
         }

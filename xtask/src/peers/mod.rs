@@ -4,9 +4,15 @@
 //! lines, and whether what the row must reach is reached. The first contender of a row is always vhdkit.
 
 mod measure;
+mod overwrites;
 mod random;
 mod rows;
+mod syncs;
 mod table;
+mod work;
+mod writes;
+
+pub(crate) use work::run as work;
 
 use std::fs;
 use std::path::PathBuf;
@@ -36,8 +42,19 @@ pub(crate) struct Row {
     pub(crate) measured: Vec<Measured>,
     /// What must be reached.
     pub(crate) goals: Vec<Goal>,
-    /// True when the figures are operations per second, not seconds.
-    pub(crate) is_rate: bool,
+    /// What the figures are.
+    pub(crate) unit: Unit,
+}
+
+/// What the figures of a row are.
+#[derive(Clone, Copy)]
+pub(crate) enum Unit {
+    /// Seconds of a run.
+    Seconds,
+    /// Operations per second.
+    PerSecond,
+    /// A number of something.
+    Count,
 }
 
 /// What every row needs.
@@ -46,7 +63,7 @@ pub(crate) struct Bench {
     pub(crate) vhdkit: PathBuf,
     /// A folder in memory.
     pub(crate) memory: PathBuf,
-    /// A folder on a disk, for the XFS image.
+    /// A folder on a disk, for the XFS image and for what syncs.
     pub(crate) disk: PathBuf,
     /// Timed runs of each contender.
     pub(crate) rounds: usize,
@@ -90,7 +107,7 @@ pub(crate) fn run(arguments: &[String]) -> Outcome {
     let disk = tempfile::Builder::new().prefix("vhdkit-peers-").tempdir_in(&options.directory)?;
     let bench =
         Bench { vhdkit, memory: memory.path().to_owned(), disk: disk.path().to_owned(), rounds: options.rounds };
-    let mut text = table::preamble(options.rounds);
+    let mut text = table::preamble(options.rounds, &options.directory);
     print!("{text}");
     let mut missed = Vec::new();
     for (name, make) in rows::ROWS {

@@ -10,33 +10,34 @@ use std::time::Instant;
 use vhdkit::image::{BlockDevice, Image, OpenOptions};
 use vhdkit::units::GIB;
 
-use super::measure::Measured;
-use super::rows::dense;
-use super::{Bench, Goal, Row};
+use super::measure::{Sampler, alternate_samples};
+use super::rows::{OURS, dense};
+use super::{Bench, Goal, Row, Unit};
 use crate::shell::{self, Outcome};
 
 /// Bytes of the disk.
-const DISK_BYTES: u64 = GIB;
-/// Bytes of a read.
-const READ_BYTES: usize = 4096;
+pub(super) const DISK_BYTES: u64 = GIB;
+/// Bytes of a read or write.
+pub(super) const READ_BYTES: usize = 4096;
 /// Reads of one thread in a sample: about a tenth of a second.
 const READS: u64 = 100_000;
 /// The label of the peer.
 const PREAD: &str = "pread";
 
-/// Reads at random places with so many threads; reads per second of all together. Every read is looked at.
-fn sample<R>(threads: u64, read: R) -> Outcome<f64>
+/// Reads or writes at random places of a disk of 1 GiB with so many threads; operations per second of all together.
+/// Every outcome is looked at.
+pub(super) fn sample<R>(threads: u64, operations: u64, operate: R) -> Outcome<f64>
 where
     R: Fn(&mut [u8], u64) -> bool + Sync,
 {
     let one = |seed: u64| {
-        let mut buffer = [0; READ_BYTES];
+        let mut buffer = [0x5a; READ_BYTES];
         let mut state = seed;
         let mut good = true;
-        for _ in 0..READS {
+        for _ in 0..operations {
             state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
             let offset = (state >> 33) % (DISK_BYTES / READ_BYTES as u64) * READ_BYTES as u64;
-            good &= read(&mut buffer, offset);
+            good &= operate(&mut buffer, offset);
             black_box(&buffer);
         }
         good
@@ -49,7 +50,7 @@ where
         running.into_iter().fold(mine, |good, thread| thread.join().unwrap_or(false) && good)
     });
     let seconds = start.elapsed().as_secs_f64();
-    if good { Ok((threads * READS) as f64 / seconds) } else { Err("a read failed".into()) }
+    if good { Ok((threads * operations) as f64 / seconds) } else { Err("a read or write failed".into()) }
 }
 
 /// The same bytes must come out of both before it means anything how fast.
@@ -74,30 +75,17 @@ fn random(bench: &Bench, threads: u64, title: &'static str) -> Outcome<Row> {
     let image = OpenOptions::new().open_path(&vhdx)?;
     let raw = File::open(&raw)?;
     compare(&image, &raw)?;
-    let ours = || sample(threads, |buffer, offset| image.read_at(buffer, offset).is_ok());
-    let theirs = || sample(threads, |buffer, offset| raw.read_exact_at(buffer, offset).is_ok());
-    ours()?;
-    theirs()?;
-    let (mut our_rates, mut their_rates) = (Vec::new(), Vec::new());
-    // Samples are short, so there can be more of them than of commands.
-    for _ in 0..bench.rounds * 3 {
-        our_rates.push(ours()?);
-        their_rates.push(theirs()?);
-    }
-    our_rates.sort_by(f64::total_cmp);
-    their_rates.sort_by(f64::total_cmp);
-    let measured = |label: &str, line: &str, figures| Measured {
-        label: label.to_owned(),
-        line: line.to_owned(),
-        figures,
-        peak_kib: None,
-        failure: None,
-    };
-    let measured = vec![
-        measured("vhdkit", "Image::read_at of 4 KiB", our_rates),
-        measured(PREAD, "FileExt::read_exact_at of 4 KiB", their_rates),
+    let samplers = vec![
+        Sampler::new(OURS, "Image::read_at of 4 KiB", || {
+            sample(threads, READS, |buffer, offset| image.read_at(buffer, offset).is_ok())
+        }),
+        Sampler::new(PREAD, "FileExt::read_exact_at of 4 KiB", || {
+            sample(threads, READS, |buffer, offset| raw.read_exact_at(buffer, offset).is_ok())
+        }),
     ];
-    Ok(Row { title, measured, goals: vec![Goal::Rate(PREAD, 0.95)], is_rate: true })
+    // Samples are short, so there can be more of them than of commands.
+    let measured = alternate_samples(samplers, bench.rounds * 3);
+    Ok(Row { title, measured, goals: vec![Goal::Rate(PREAD, 0.95)], unit: Unit::PerSecond })
 }
 
 pub(crate) fn one_thread(bench: &Bench) -> Outcome<Row> {

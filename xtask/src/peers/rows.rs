@@ -13,14 +13,14 @@ use vhdkit::format::space::TakenSpace;
 use vhdkit::units::{FileOffset, GIB, MIB};
 
 use super::measure::{Contender, alternate};
-use super::random;
-use super::{Bench, Goal, Row};
+use super::{Bench, Goal, Row, Unit};
+use super::{overwrites, random, syncs, writes};
 use crate::shell::{self, Outcome};
 
 type Make = fn(&Bench) -> Outcome<Row>;
 
 /// Every row, by name.
-pub(crate) const ROWS: [(&str, Make); 13] = [
+pub(crate) const ROWS: [(&str, Make); 22] = [
     ("dense raw to VHDX", dense_in),
     ("dense VHDX to raw", dense_out),
     ("sparse raw to VHDX", sparse_in),
@@ -34,12 +34,21 @@ pub(crate) const ROWS: [(&str, Make); 13] = [
     ("check of 64 TiB", check_full),
     ("random reads, one thread", random::one_thread),
     ("random reads, two threads", random::two_threads),
+    ("first writes in memory", writes::first_in_memory),
+    ("first writes on a disk", writes::first_on_disk),
+    ("syncs of 64 first writes", syncs::few),
+    ("syncs of 1000 first writes", syncs::many),
+    ("random overwrites, one thread", overwrites::one_thread),
+    ("random overwrites, two threads", overwrites::two_threads),
+    ("sequential write in memory", writes::sequential_in_memory),
+    ("sequential write on a disk", writes::sequential_on_disk),
+    ("memory of writing 64 TiB", writes::memory),
 ];
 
 /// The label of this project's command.
-const OURS: &str = "vhdkit";
+pub(super) const OURS: &str = "vhdkit";
 /// The label of QEMU's.
-const QEMU: &str = "qemu-img";
+pub(super) const QEMU: &str = "qemu-img";
 /// The label of the copy that writes every byte.
 const CP_DENSE: &str = "cp --sparse=never";
 /// The label of the copy that leaves out zeros.
@@ -123,7 +132,8 @@ fn into_raw(bench: &Bench, raw: &Path, copy: (&'static str, &str)) -> Outcome<Ve
     ])
 }
 
-fn remove(path: &Path) -> Outcome {
+/// Removes a file if it is there.
+pub(super) fn remove(path: &Path) -> Outcome {
     if path.exists() {
         fs::remove_file(path)?;
     }
@@ -136,7 +146,7 @@ fn timed(bench: &Bench, contenders: &[Contender], title: &'static str, goals: Ve
     for target in contenders.iter().filter_map(|contender| contender.target.as_deref()) {
         remove(target)?;
     }
-    Ok(Row { title, measured, goals, is_rate: false })
+    Ok(Row { title, measured, goals, unit: Unit::Seconds })
 }
 
 /// Writing 1 GiB without reading anything: nothing that writes a file by system calls can be faster.
@@ -261,7 +271,7 @@ fn reflink(bench: &Bench, back: bool) -> Outcome<Row> {
     } else {
         "4 GiB, raw to fixed VHDX, on an XFS with reflink, source synced first."
     };
-    Ok(Row { title, measured, goals, is_rate: false })
+    Ok(Row { title, measured, goals, unit: Unit::Seconds })
 }
 
 fn reflink_in(bench: &Bench) -> Outcome<Row> {

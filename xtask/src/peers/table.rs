@@ -6,11 +6,11 @@ use std::path::Path;
 use std::process::Command;
 
 use super::measure::Measured;
-use super::{Bench, Goal, Row};
+use super::{Bench, Goal, Row, Unit};
 use crate::shell::{self, Outcome};
 
 /// What the reader of the table has to know about the machine.
-pub(crate) fn preamble(rounds: usize) -> String {
+pub(crate) fn preamble(rounds: usize, directory: &Path) -> String {
     let first = |path: &str, key: &str| {
         let text = fs::read_to_string(path).unwrap_or_default();
         let line = text.lines().find(|line| line.starts_with(key)).unwrap_or_default();
@@ -20,19 +20,24 @@ pub(crate) fn preamble(rounds: usize) -> String {
         let text = shell::output(Command::new(program).arg("--version")).unwrap_or_default();
         text.lines().next().unwrap_or("not installed").to_owned()
     };
+    let place = ["-no", "FSTYPE,SOURCE", "-T"];
+    let place = shell::output(Command::new("findmnt").args(place).arg(directory)).unwrap_or_default();
+    let place = place.split_whitespace().collect::<Vec<_>>().join(" on ");
     format!(
         "# Speed and memory beside other programs\n\n\
          Made by `cargo xtask peers`. In each row the commands take turns in one run after a warm-up: {rounds} timed \
          runs each, medians. Peak memory is the largest resident set of the whole process, from GNU time. A goal that \
          is missed says so.\n\n\
          Machine: {}, {} processors, {} of memory, Linux {}.\nPeers: {}; {}.\n\
-         In the command lines `$M` is a folder in memory (tmpfs), `$D` one on an XFS in a loop mount.\n\n",
+         In the command lines `$M` is a folder in memory (tmpfs), `$D` one on an XFS in a loop mount, `$T` one on a disk \
+         ({}).\n\n",
         first("/proc/cpuinfo", "model name"),
         std::thread::available_parallelism().map_or(0, usize::from),
         first("/proc/meminfo", "MemTotal"),
         fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
         version("qemu-img"),
         version("cp"),
+        if place.is_empty() { "of an unknown file system" } else { &place },
     )
 }
 
@@ -84,8 +89,12 @@ fn mebibytes(kib: u64) -> String {
     format!("{}.{} MiB", kib >> 10, ((kib & 1023) * 10) >> 10)
 }
 
-fn figure(value: f64, is_rate: bool) -> String {
-    if is_rate { format!("{value:.0}/s") } else { duration(value) }
+fn figure(value: f64, unit: Unit) -> String {
+    match unit {
+        Unit::Seconds => duration(value),
+        Unit::PerSecond => format!("{value:.0}/s"),
+        Unit::Count => format!("{value:.0}"),
+    }
 }
 
 /// A row as a section of the document.
@@ -104,10 +113,10 @@ pub(crate) fn section(name: &str, row: &Row, bench: &Bench) -> Outcome<String> {
             writeln!(text, "| {label} | - | - | - | - | `{line}`: {why} |")?;
             continue;
         };
-        let spread = format!("{} to {}", figure(*least, row.is_rate), figure(*most, row.is_rate));
+        let spread = format!("{} to {}", figure(*least, row.unit), figure(*most, row.unit));
         let ratio = ours.map_or(String::new(), |ours| format!("{:.2}", median / ours));
         let peak = measured.peak_kib.map_or("-".to_owned(), mebibytes);
-        writeln!(text, "| {label} | {} | {spread} | {ratio} | {peak} | `{line}` |", figure(median, row.is_rate))?;
+        writeln!(text, "| {label} | {} | {spread} | {ratio} | {peak} | `{line}` |", figure(median, row.unit))?;
     }
     text.push('\n');
     for goal in &row.goals {
@@ -122,5 +131,6 @@ fn plain(line: &str, bench: &Bench) -> String {
     let replace = |line: String, path: &Path, name: &str| line.replace(&path.to_string_lossy().into_owned(), name);
     let line = replace(line.to_owned(), &bench.vhdkit, "vhdkit");
     let line = replace(line, &bench.memory, "$M");
-    replace(line, &bench.disk.join("xfs"), "$D").replace('|', "\\|").replace('\n', " ")
+    let line = replace(line, &bench.disk.join("xfs"), "$D");
+    replace(line, &bench.disk, "$T").replace('|', "\\|").replace('\n', " ")
 }

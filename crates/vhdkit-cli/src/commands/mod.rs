@@ -1,6 +1,7 @@
 //! One module for each command: arguments in, answer out.
 
 pub(crate) mod check;
+pub(crate) mod clear;
 pub(crate) mod compare;
 pub(crate) mod convert;
 pub(crate) mod create;
@@ -10,3 +11,5 @@ pub(crate) mod manual;
 pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod read;
+pub(crate) mod replay;
+pub(crate) mod write;

@@ -11,8 +11,9 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -102,6 +103,17 @@ impl Scratch {
     #[track_caller]
     pub(crate) fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Run {
         Run::new(foreign::run(&mut self.command(arguments), TIMEOUT).unwrap())
+    }
+
+    /// Runs the program with these bytes on standard input.
+    #[track_caller]
+    pub(crate) fn pipe(&self, arguments: &[&str], bytes: &[u8]) -> Run {
+        let mut command = self.command(arguments);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let _ = stdin.write_all(bytes); // given up early when there is something wrong
+        drop(stdin);
+        Run::new(child.wait_with_output().unwrap())
     }
 
     pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {

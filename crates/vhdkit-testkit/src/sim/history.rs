@@ -135,6 +135,12 @@ impl Event {
     }
 }
 
+/// A request in flight that zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Zeroing {
+    maybe: bool,
+}
+
 /// Drops what was replaced by something that is certain at a time.
 fn prune(events: &mut Vec<Event>, time: u64) {
     if let Some(newest) = events.iter().filter(|event| event.certain_at(time)).map(|event| event.started).max() {
@@ -169,7 +175,8 @@ pub struct SectorHistory {
     disk_bytes: u64,
     initial: Arc<BTreeMap<u64, Content>>,
     sectors: BTreeMap<u64, Vec<Event>>,
-    open: BTreeMap<u64, Range<u64>>,
+    /// Requests in flight; whether one zeroes, and then whether for certain.
+    open: BTreeMap<u64, (Range<u64>, Option<Zeroing>)>,
     clock: u64,
     epoch: u64,
 }
@@ -218,22 +225,38 @@ impl SectorHistory {
         self.initial.get(&sector).copied().unwrap_or(Content::Zero)
     }
 
-    fn start(&mut self, range: Range<u64>) -> Event {
+    fn start(&mut self, range: Range<u64>, zeroing: Option<Zeroing>) -> Event {
         assert!(range.start < range.end && range.end <= self.sector_count(), "{range:?} is not on the disk");
         let started = self.tick();
-        self.open.insert(started, range);
+        self.open.insert(started, (range, zeroing));
         Event { ticket: started, content: Content::Zero, started, ended: Ended::No, maybe: false }
     }
 
     fn push(&mut self, sector: u64, event: Event) {
         let initial = self.initial_of(sector);
-        self.sectors.entry(sector).or_insert_with(|| vec![Event::first(initial)]).push(event);
+        let open = &self.open;
+        // Zeroing in flight had no list to be noted in while the sector was zero.
+        let list = || {
+            let zeroing = open.iter().filter_map(|(ticket, (range, zeroing))| {
+                let Zeroing { maybe } = (*zeroing)?;
+                let noted = *ticket != event.ticket && range.contains(&sector);
+                noted.then_some(Event {
+                    ticket: *ticket,
+                    content: Content::Zero,
+                    started: *ticket,
+                    ended: Ended::No,
+                    maybe,
+                })
+            });
+            std::iter::once(Event::first(initial)).chain(zeroing).collect()
+        };
+        self.sectors.entry(sector).or_insert_with(list).push(event);
     }
 
     /// A write begins; the bytes to write, a new version of every sector, are made here.
     #[must_use]
     pub fn start_write(&mut self, first: u64, count: u64) -> (Ticket, Vec<u8>) {
-        let event = self.start(first..first + count);
+        let event = self.start(first..first + count, None);
         let mut bytes = vec![0; count as usize * SECTOR_LENGTH];
         for (sector, piece) in (first..).zip(bytes.chunks_exact_mut(SECTOR_LENGTH)) {
             let version = event.ticket;
@@ -245,7 +268,7 @@ impl SectorHistory {
 
     /// A write of given bytes begins.
     pub fn start_write_of(&mut self, first: u64, bytes: &[u8]) -> Ticket {
-        let event = self.start(first..first + (bytes.len() / SECTOR_LENGTH) as u64);
+        let event = self.start(first..first + (bytes.len() / SECTOR_LENGTH) as u64, None);
         for (sector, piece) in (first..).zip(bytes.chunks_exact(SECTOR_LENGTH)) {
             self.push(sector, Event { content: Content::of(piece), ..event });
         }
@@ -263,7 +286,7 @@ impl SectorHistory {
     }
 
     fn start_zeros(&mut self, sectors: Range<u64>, maybe: bool) -> Ticket {
-        let event = Event { maybe, ..self.start(sectors.clone()) };
+        let event = Event { maybe, ..self.start(sectors.clone(), Some(Zeroing { maybe })) };
         // What never was anything but zero stays zero, and needs no list.
         let mut known: Vec<u64> = self.sectors.range(sectors.clone()).map(|(sector, _)| *sector).collect();
         known.extend(self.initial.range(sectors).map(|(sector, _)| *sector));
@@ -275,7 +298,7 @@ impl SectorHistory {
 
     fn end(&mut self, ticket: Ticket, ended: impl Fn(u64) -> Ended, then: impl Fn(&mut Vec<Event>)) {
         let time = self.tick();
-        let range = self.open.remove(&ticket.0).expect("the request is in flight");
+        let (range, _) = self.open.remove(&ticket.0).expect("the request is in flight");
         for (_, events) in self.sectors.range_mut(range) {
             if let Some(event) = events.iter_mut().find(|event| event.ticket == ticket.0) {
                 event.ended = ended(time);
@@ -548,6 +571,19 @@ mod tests {
             "sector 6 holds version 1 of sector 5, which does not belong here; allowed: zero (at the start)"
         );
         assert!(history.allowed(5, &[7; 512]).unwrap_err().contains("garbage"));
+    }
+
+    #[test]
+    fn zeroing_in_flight_may_win_over_the_first_write_of_a_sector() {
+        let mut history = history();
+        let zeroing = history.start_zero(0..10);
+        let bytes = written(&mut history, 5);
+        history.finish(zeroing);
+        flushed(&mut history);
+        assert!(history.allowed(5, &bytes).is_ok() && history.allowed(5, &ZEROS).is_ok());
+        let bytes = written(&mut history, 5);
+        flushed(&mut history);
+        assert!(history.allowed(5, &bytes).is_ok() && history.allowed(5, &ZEROS).is_err());
     }
 
     #[test]

@@ -350,7 +350,7 @@ impl Shared {
         let geometry = *layer.geometry();
         let chunk = geometry.chunk_of(change.block);
         layer.bat().pin(geometry.bitmap_index(chunk), layer.rules(), layer.view())?;
-        let entry = loop {
+        loop {
             let there = {
                 let mut meta = writer.meta();
                 let entry = layer.bat().bitmap(chunk, layer.rules(), layer.view())?; // in memory: pinned
@@ -363,7 +363,7 @@ impl Shared {
                 entry
             };
             if there.0 != 0 || change.new_bitmap.is_some() {
-                break there;
+                break;
             }
             let Some(given) = self.allocate(writer, BITMAP_BLOCK_BYTES, wait)? else { return Ok(false) };
             if given.holds == Holds::Stale && !writer.breaks(BrokenRule::BitmapNotZeroed) {
@@ -380,18 +380,36 @@ impl Shared {
             } else {
                 meta.new_bitmaps.insert(chunk, NewBitmap { given, users: 0 });
             }
-        };
+        }
         let keys: Vec<BitmapKey> = change
             .keys
             .iter()
             .filter_map(|key| if let PageKey::Bitmap(key) = key { Some(*key) } else { None })
             .collect();
         for key in keys {
-            let offset = (entry.0 != 0).then(|| bitmap_page_offset(entry, key.page));
-            layer.bitmaps().pin(key, offset, layer.view())?;
+            self.pin_bitmap_page(writer, key)?;
             change.pins.push(key);
         }
         Ok(true)
+    }
+
+    /// Pins a page of a bitmap, one of a new bitmap as zeros. That it is still new is asked under the lock that publishes
+    /// it: another block that shares the page may have been first, and its bits may be home already.
+    fn pin_bitmap_page(&self, writer: &Writer, key: BitmapKey) -> Result<()> {
+        let layer = self.top();
+        let meta = writer.meta();
+        let entry = layer.bat().bitmap(key.chunk, layer.rules(), layer.view())?; // in memory: pinned
+        let mut offset = (entry.0 != 0).then(|| bitmap_page_offset(entry, key.page));
+        if writer.breaks(BrokenRule::BitmapNotZeroed)
+            && let Some(new) = meta.new_bitmaps.get(&key.chunk)
+        {
+            offset = Some(FileOffset(new.given.range.start + key.page * 4096));
+        }
+        if offset.is_some() {
+            drop(meta); // the page may have to be read
+            return layer.bitmaps().pin(key, offset, layer.view());
+        }
+        layer.bitmaps().pin(key, None, layer.view())
     }
 
     /// Lets go of the bitmap pages of a change, and of a new bitmap that nobody published.
@@ -460,14 +478,12 @@ impl Shared {
             let mut meta = writer.meta();
             self.publish(writer, &mut meta, &mut change);
             meta.unreserve(&change.keys);
+            writer.wake(meta);
         }
         for key in pins {
             self.top().bitmaps().unpin(key);
         }
         writer.tokens.release(change.block, change.hold);
-        if !change.keys.is_empty() {
-            writer.meta_changed.notify_all();
-        }
     }
 
     fn publish(&self, writer: &Writer, meta: &mut Meta, change: &mut Change) {
@@ -488,7 +504,7 @@ impl Shared {
             }
             Kind::Partial(given, bits) => {
                 let start = given.range.start;
-                if !writer.breaks(BrokenRule::StaleBits) {
+                if !writer.breaks(BrokenRule::StaleBits) && !writer.breaks(BrokenRule::BitmapNotZeroed) {
                     let all = self.bits_of(&self.whole_block(block));
                     self.change_bits(meta, block, &all, false);
                 }
@@ -580,13 +596,18 @@ impl Shared {
         self.undo_bitmap(writer, &mut change);
         {
             let mut meta = writer.meta();
-            if let (true, Kind::Full(Some(given)) | Kind::Partial(given, _)) = (reusable, &change.kind) {
-                give_back(&mut meta, given);
+            match (reusable, &change.kind) {
+                (true, Kind::Full(Some(given)) | Kind::Partial(given, _)) => give_back(&mut meta, given),
+                // New space stays marked; a place that the block owns must stay so when the block gives it up.
+                (false, Kind::Mapped | Kind::Bits(_) | Kind::Full(None)) => {
+                    meta.abandoned.insert(self.own_space(change.block));
+                }
+                _ => {}
             }
             meta.unreserve(&change.keys);
+            writer.wake(meta);
         }
         writer.tokens.release(change.block, change.hold);
-        writer.meta_changed.notify_all();
     }
 
     /// Takes a block's mapping away: `to` is ZERO or UNMAPPED. Only if its state is still one that `applies`. False when
@@ -621,11 +642,7 @@ impl Shared {
                 if writer.breaks(BrokenRule::FreeAtOnce) {
                     meta.space.give_back(&owned);
                 } else {
-                    meta.free(owned.clone());
-                }
-                drop(meta);
-                if writer.breaks(BrokenRule::PunchAtDiscard) {
-                    let _ = self.storage().punch_hole(owned);
+                    meta.free(owned);
                 }
             }
         }

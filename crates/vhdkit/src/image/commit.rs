@@ -21,13 +21,14 @@ use super::Shared;
 use super::bat::bitmap_page_offset;
 use super::flushes::Turn;
 use super::headers::HeaderPair;
-use super::ring::LogRing;
+use super::ring::{LogRing, pages_max};
 use super::simulation::{BrokenRule, Phase, enter};
 use super::tokens::Wait;
 use super::writer::{Meta, PageKey, Taken, TakenPage, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{Header, Headers};
 use crate::format::log::{PageToLog, SECTOR};
+use crate::storage::Storage;
 use crate::units::MIB;
 
 /// How long a commit waits for reads and writes that may still use freed space, before it leaves that for the next.
@@ -41,6 +42,8 @@ pub(super) struct Commit {
     pub(super) headers: HeaderPair,
     /// The log, once the header names its GUID.
     pub(super) ring: Option<LogRing>,
+    /// The log that will be opened, made real before anything is written: a commit must not fail for lack of room in it.
+    spare_ring: Option<LogRing>,
     /// Pages whose entry is durable, but that could not be written home for lack of space.
     unhomed: BTreeMap<u64, TakenPage>,
     /// Freed; home writes issued, not known to be durable.
@@ -60,6 +63,7 @@ impl Commit {
         Self {
             headers: HeaderPair::new(headers),
             ring: None,
+            spare_ring: None,
             unhomed: BTreeMap::new(),
             cooling: Vec::new(),
             cooled: Vec::new(),
@@ -69,9 +73,14 @@ impl Commit {
         }
     }
 
-    /// True when nothing that a session wrote waits for anything.
-    pub(super) fn has_unhomed(&self) -> bool {
-        !self.unhomed.is_empty()
+    /// Makes room in the log for the first entries of a session.
+    pub(super) fn prepare_ring(&mut self, storage: &Arc<dyn Storage>) -> Result<()> {
+        if self.spare_ring.is_none() {
+            let mut ring = LogRing::new(self.headers.current());
+            ring.prepare(storage, pages_max(self.headers.current().log_length))?;
+            self.spare_ring = Some(ring);
+        }
+        Ok(())
     }
 }
 
@@ -122,27 +131,21 @@ impl Shared {
         if let Some(error) = writer.poisoned() {
             return Err(error);
         }
-        if writer.meta().has_dirty() && commit.ring.is_none() {
-            self.open_log(writer, commit)?;
-        }
-        let _phase = enter(Phase::Log);
         let late = writer.breaks(BrokenRule::TailTooEarly);
         if !late {
             self.write_home(writer, commit, Vec::new())?;
         }
-        let taken = if writer.breaks(BrokenRule::TakeAfterSync) { None } else { Some(self.take(writer)?) };
-        let skip = writer.breaks(BrokenRule::LogBeforeData);
-        if !(skip && taken.as_ref().is_some_and(|taken| !taken.pages.is_empty())) {
-            let synced = self.sync(writer, commit);
-            if let (Err(_), Some(taken)) = (&synced, taken.as_ref()) {
-                self.put_back(writer, taken);
-            }
-            synced?;
+        let early = if writer.breaks(BrokenRule::TakeAfterSync) { None } else { Some(self.take(writer)?) };
+        let ready = self.make_ready(writer, commit, early.as_ref());
+        if let (Err(_), Some(taken)) = (&ready, &early) {
+            self.put_back(writer, taken);
         }
-        let taken = match taken {
+        ready?;
+        let taken = match early {
             Some(taken) => taken,
             None => self.take(writer)?,
         };
+        let _phase = enter(Phase::Log);
         if late {
             self.write_home(writer, commit, Vec::new())?;
         }
@@ -156,6 +159,7 @@ impl Shared {
             return Err(error);
         }
         commit.done_ticket = taken.ticket;
+        self.let_go(writer, &taken);
         let _phase = enter(Phase::Home);
         let Taken { pages, mut frees, .. } = taken;
         if writer.breaks(BrokenRule::FreeAfterTake) {
@@ -171,6 +175,19 @@ impl Shared {
             Err(error) if !is_full(&error) => Err(error),
             _ => Ok(()), // what found no room is in the log, and is tried again
         }
+    }
+
+    /// Makes the payload of what was taken durable, and opens the log if it is needed.
+    fn make_ready(&self, writer: &Writer, commit: &mut Commit, taken: Option<&Taken>) -> Result<()> {
+        let logs = taken.is_none_or(|taken| !taken.pages.is_empty());
+        if logs && commit.ring.is_none() {
+            self.open_log(writer, commit)?;
+        }
+        if logs && writer.breaks(BrokenRule::LogBeforeData) {
+            return Ok(());
+        }
+        let _phase = enter(Phase::Log);
+        self.sync(writer, commit)
     }
 
     /// Copies everything dirty at one instant. From then on it is clean.
@@ -208,10 +225,15 @@ impl Shared {
         }
     }
 
-    /// For the simulator: the pages as they are now.
-    fn images_now(&self, writer: &Writer, pages: Vec<TakenPage>) -> Vec<TakenPage> {
-        let _meta = writer.meta();
-        pages.into_iter().map(|page| self.image(page.key).unwrap_or(page)).collect()
+    /// For the simulator: everything that is dirty now as well.
+    fn images_now(&self, writer: &Writer, mut pages: Vec<TakenPage>) -> Vec<TakenPage> {
+        let meta = writer.meta();
+        for page in meta.dirty_keys().filter_map(|key| self.image(key)) {
+            pages.retain(|older| older.key != page.key);
+            self.pin(&page);
+            pages.push(page);
+        }
+        pages
     }
 
     /// A commit could not log what it took: it is dirty again.
@@ -225,6 +247,14 @@ impl Shared {
             }
         }
         meta.frees.extend(taken.frees.iter().cloned());
+        drop(meta);
+        self.let_go(writer, taken);
+    }
+
+    /// What a commit took needs no room in the next entry any more, or counts as dirty again.
+    fn let_go(&self, writer: &Writer, taken: &Taken) {
+        let keys: Vec<PageKey> = taken.pages.iter().map(|page| page.key).collect();
+        writer.unreserve(&keys);
     }
 
     /// Appends an entry and makes it durable.
@@ -255,6 +285,7 @@ impl Shared {
         let over = writer.breaks(BrokenRule::RingReuse);
         let flushed = length - length % MIB;
         if writer.breaks(BrokenRule::HomeBeforeLogSync) {
+            taken.pages.iter().for_each(|page| self.pin(page));
             self.write_home(writer, commit, taken.pages.clone())?;
         }
         let (first, rest) = pages.split_at(if writer.breaks(BrokenRule::SplitEntry) { 1 } else { pages.len() });
@@ -318,6 +349,12 @@ impl Shared {
         Ok(())
     }
 
+    fn pin(&self, page: &TakenPage) {
+        if let PageKey::Bitmap(key) = page.key {
+            self.top().bitmaps().pin_again(key);
+        }
+    }
+
     fn unpin(&self, page: &TakenPage) {
         if let PageKey::Bitmap(key) = page.key {
             self.top().bitmaps().unpin(key);
@@ -337,7 +374,7 @@ impl Shared {
             give_back(&mut meta, &range);
             meta.waiting_bytes = meta.waiting_bytes.saturating_sub(range.end - range.start);
         }
-        writer.meta_changed.notify_all();
+        writer.wake(writer.meta());
     }
 
     /// Commits and syncs until what was freed can be used again.
@@ -351,8 +388,8 @@ impl Shared {
     /// Begins a log session: an entry first, then the GUID that points to it (W-021).
     fn open_log(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
         let _phase = enter(Phase::Start);
-        let mut ring = LogRing::new(commit.headers.current());
-        ring.prepare(self.storage(), 0)?;
+        commit.prepare_ring(self.storage())?;
+        let mut ring = commit.spare_ring.take().unwrap_or_else(|| LogRing::new(commit.headers.current()));
         let last = writer.meta().space.high();
         commit.first_last_offset = last;
         let guid = ring.guid();

@@ -25,15 +25,21 @@ impl HeaderPair {
         &self.current
     }
 
-    /// Makes sure that nobody else wrote the current copy since we did.
+    /// Makes sure that nobody else wrote a header since we did.
     pub(super) fn verify(&self, storage: &Arc<dyn Storage>) -> Result<()> {
         let offset = OFFSETS.get(self.copy).copied().unwrap_or_default();
         let mut bytes = [0; HEADER_BYTES];
-        let read = storage.read_at(&mut bytes, offset);
-        read.map_err(|error| Error::io(format!("cannot read the header at {offset:#x} again"), error))?;
-        if Header::decode(&bytes) == Some(self.current) {
-            return Ok(());
-        }
+        let other = OFFSETS.get(1 - self.copy).copied().unwrap_or_default();
+        read_copy(storage, &mut bytes, offset)?;
+        let found = Header::decode(&bytes);
+        read_copy(storage, &mut bytes, other)?;
+        // Who updates one copy at a time writes the one that is not current; what a crash left there is never newer.
+        let newer = Header::decode(&bytes).filter(|header| header.sequence_number > self.current.sequence_number);
+        let offset = match (found == Some(self.current), newer) {
+            (true, None) => return Ok(()),
+            (true, Some(_)) => other,
+            (false, _) => offset,
+        };
         let what =
             format!("the header at {offset:#x} is not the one that was there before: somebody else writes this file");
         Err(Error::new(ErrorKind::Locked, what)
@@ -57,4 +63,9 @@ impl HeaderPair {
         self.current = header;
         self.copy = 1 - self.copy;
     }
+}
+
+fn read_copy(storage: &Arc<dyn Storage>, bytes: &mut [u8; HEADER_BYTES], offset: u64) -> Result<()> {
+    let read = storage.read_at(bytes, offset);
+    read.map_err(|error| Error::io(format!("cannot read the header at {offset:#x} again"), error))
 }

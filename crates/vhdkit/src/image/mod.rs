@@ -32,8 +32,8 @@ mod write;
 mod writer;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 pub use device::{BlockDevice, Extent, ExtentKind, VisitExtent};
@@ -79,9 +79,9 @@ struct Shared {
     admission: Admission,
     /// There once the image was opened for writing.
     writer: OnceLock<Writer>,
-    /// True while mapped blocks may be overwritten without further questions.
-    ready: AtomicBool,
     gate: Gate,
+    /// Held by who closes or reopens: how the file is open and what the image takes go together.
+    turning: Mutex<()>,
     /// Plans that were made before there was a writer.
     loose_plans: AtomicUsize,
 }
@@ -94,8 +94,8 @@ impl Image {
                 parents_missing,
                 admission,
                 writer: OnceLock::new(),
-                ready: AtomicBool::new(false),
                 gate: Gate::default(),
+                turning: Mutex::default(),
                 loose_plans: AtomicUsize::new(0),
             }),
         }
@@ -254,14 +254,15 @@ impl Image {
     /// # Errors
     /// As [`Image::close`].
     pub fn close_within(&self, wait: Duration) -> Result<()> {
-        self.shared.end(wait, Mode::Closed).map_err(|error| self.name(error))
+        self.shared.close(wait).map_err(|error| self.name(error))
     }
 
     /// Changes between reading and writing on the live handle. To reading: the session ends as with [`Image::close`]. To
     /// writing: the file is locked for it, and everything that must be in order before a first write is checked.
     ///
     /// # Errors
-    /// As [`OpenOptions::open`] and [`Image::close`]; the image is as it was then.
+    /// As [`OpenOptions::open`] and [`Image::close`]; the image is as it was then. [`ErrorKind::Busy`] also when another
+    /// thread closes or reopens it.
     pub fn reopen(&self, write: bool) -> Result<()> {
         self.shared.reopen(write).map_err(|error| self.name(error))
     }

@@ -124,7 +124,7 @@ impl LogRing {
 
 /// Writes zeros; holes are to become real, so not by `zero_range`, which may leave them to be filled later.
 fn write_zeros(storage: &Arc<dyn Storage>, start: u64, end: u64) -> std::io::Result<()> {
-    static ZEROS: [u8; 65536] = [0; 65536];
+    static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
     let mut position = start;
     while position < end {
         let length = usize::try_from(end - position).unwrap_or(usize::MAX).min(ZEROS.len());

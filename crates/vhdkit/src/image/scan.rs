@@ -121,7 +121,14 @@ impl Marks {
     /// Bytes of a file that were not marked; the last MiB of the file may be cut short.
     fn unmarked(&self, file_size: u64) -> u64 {
         let whole = file_size.div_ceil(MIB);
-        let marked: u64 = self.0.iter().map(|word| u64::from(word.count_ones())).sum();
+        // A block whose end the file cuts off is marked as a whole.
+        let inside = |(index, word): (usize, &u64)| {
+            let first = index as u64 * 64;
+            let bits = whole.saturating_sub(first).min(64);
+            let mask = if bits == 0 { 0 } else { u64::MAX >> (64 - bits) };
+            u64::from((word & mask).count_ones())
+        };
+        let marked: u64 = self.0.iter().enumerate().map(inside).sum();
         let last = whole.saturating_sub(1);
         let word = usize::try_from(last / 64).ok().and_then(|word| self.0.get(word)).copied().unwrap_or_default();
         let last_is_marked = word >> (last % 64) & 1 == 1;
@@ -269,7 +276,8 @@ impl Scan<'_, '_, '_> {
             self.previous_end = None;
             return Ok(());
         };
-        if self.marks.mark(range.start, range.end.min(self.rules().file_size.get())) {
+        // Entries in error do not come here: this lies in the file, but for the last block of a disk.
+        if self.marks.mark(range.start, range.end) {
             self.report_overlap(index, slot, entry)?;
         }
         if let BatSlot::Payload(_) = slot {

@@ -1,7 +1,7 @@
 //! A session of writing: how it starts with the first change, and how it ends.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use super::Shared;
@@ -17,6 +17,8 @@ use crate::format::log::{Change, SECTOR, find_active_sequence};
 
 /// How long closing waits for operations and plans under way, unless told otherwise.
 pub(super) const CLOSE_WAIT: Duration = Duration::from_secs(60);
+/// Longer than anybody waits; longer ones than the clock can count would overflow.
+const WAIT_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// Whether a session is about to change what the guest sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,8 +40,9 @@ impl Shared {
         }
         if !writer.started.load(Ordering::SeqCst) {
             self.start_locked(writer, &mut commit, Visible::Yes)?;
+            commit.prepare_ring(self.storage())?;
             writer.started.store(true, Ordering::SeqCst);
-            self.ready.store(writer.mode() == Mode::Writable, Ordering::SeqCst);
+            writer.set_ready(writer.mode() == Mode::Writable);
         }
         Ok(true)
     }
@@ -138,7 +141,7 @@ impl Shared {
     /// Ends the session: what is under way ends first, then everything is committed and home, and the log is clean.
     pub(super) fn end(&self, wait: Duration, then: Mode) -> Result<()> {
         let Some(writer) = self.writer.get() else { return Ok(()) };
-        let deadline = Instant::now() + wait;
+        let deadline = Instant::now() + wait.min(WAIT_MAX);
         if !writer.change_mode(Mode::Writable, Mode::Closing) {
             return match writer.mode() {
                 Mode::Closing => Err(Error::new(ErrorKind::Busy, "the image is being closed already")),
@@ -149,9 +152,12 @@ impl Shared {
                 _ => Ok(()),
             };
         }
-        self.ready.store(false, Ordering::SeqCst);
+        writer.set_ready(false);
         let left = || deadline.saturating_duration_since(Instant::now());
-        let result = if writer.wait_idle(left()) && self.gate.is_quiet(left()) {
+        let is_idle = writer.wait_idle(left());
+        // Once more: a first change that was under way may have said that writing is simple now.
+        writer.set_ready(false);
+        let result = if is_idle && self.gate.is_quiet(left()) {
             let commit = writer.lock_commit(if wait.is_zero() { Wait::No } else { Wait::Yes });
             commit.map_or_else(|| Err(busy()), |mut commit| self.end_locked(writer, &mut commit))
         } else {
@@ -164,9 +170,9 @@ impl Shared {
                 Ok(())
             }
             Err(error) => {
+                // In this order: from the second on, somebody else may end the session.
+                writer.set_ready(writer.started.load(Ordering::SeqCst));
                 writer.set_mode(Mode::Writable);
-                let ready = writer.started.load(Ordering::SeqCst) && !writer.is_poisoned();
-                self.ready.store(ready, Ordering::SeqCst);
                 Err(error)
             }
         }
@@ -193,9 +199,6 @@ impl Shared {
         }
         if !writer.breaks(BrokenRule::ClearBeforeHome) {
             self.sync_for_close(writer, commit)?;
-        }
-        if commit.has_unhomed() && !writer.breaks(BrokenRule::ClearBeforeHome) {
-            return Err(busy());
         }
         self.update_headers(writer, commit, |header| header.log_guid = Guid::NIL)?;
         commit.ring = None;
@@ -225,8 +228,26 @@ impl Shared {
         synced.map_err(|error| writer.poison(Error::io("cannot make the cut file durable", error)))
     }
 
+    /// Ends the session for good.
+    pub(super) fn close(&self, wait: Duration) -> Result<()> {
+        let _turning = self.turn()?;
+        self.end(wait, Mode::Closed)
+    }
+
+    /// The right to close or reopen. Nobody waits for it: who has it may wait for plans.
+    fn turn(&self) -> Result<MutexGuard<'_, ()>> {
+        match self.turning.try_lock() {
+            Ok(turning) => Ok(turning),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => {
+                Err(Error::new(ErrorKind::Busy, "another thread closes or reopens the image").with_hint("try again"))
+            }
+        }
+    }
+
     /// Changes between reading and writing on the live handle.
     pub(super) fn reopen(&self, write: bool) -> Result<()> {
+        let _turning = self.turn()?;
         if !write {
             self.end(CLOSE_WAIT, Mode::ReadOnly)?;
             return self.storage().set_access(false);

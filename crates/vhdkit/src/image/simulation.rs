@@ -32,8 +32,6 @@ pub enum BrokenRule {
     FreeAtOnce,
     /// Frees that came after `take` are retired with that commit.
     FreeAfterTake,
-    /// Freed space is punched when it is freed.
-    PunchAtDiscard,
     /// The file is cut before the log GUID is cleared (W-045).
     CutBeforeClear,
     /// An entry's last file offset is that of the session's start (W-044).
@@ -50,13 +48,13 @@ pub enum BrokenRule {
     PublishBeforeData,
     /// A block that becomes partially present keeps the bits that it had before.
     StaleBits,
-    /// A new sector bitmap is not zeroed.
+    /// A new sector bitmap is not zeroed, and trusted to be zero.
     BitmapNotZeroed,
     /// A partial first write leaves the rest of stale space as it is.
     StaleSpace,
     /// The image of a page is made from the file instead of from memory (W-011).
     PageFromDisk,
-    /// Home writes take the memory of that moment instead of the logged copies.
+    /// Home writes take everything that is dirty at that moment instead of the logged copies.
     HomeFromMemory,
     /// Pages are taken after the payload was synced instead of before.
     TakeAfterSync,

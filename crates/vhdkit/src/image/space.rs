@@ -52,7 +52,7 @@ impl Space {
         let end = file_size / MIB;
         let high = owned.end();
         // What a last MiB that is cut short holds is not known when it is filled up.
-        let zero_from = file_size.div_ceil(MIB);
+        let zero_from = file_size.div_ceil(MIB).max(high);
         Self { owned, end, zero_from, hints: [0; 2], block: block_size / MIB, high, moved: false }
     }
 

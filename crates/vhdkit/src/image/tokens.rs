@@ -9,6 +9,7 @@
 //! Readers never wait for a first write: until it is complete they see the old state.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::units::BlockIndex;
@@ -58,14 +59,22 @@ impl State {
 
 const SHARDS: usize = 16;
 
+/// The blocks of a shard that somebody holds or waits for.
+#[derive(Debug, Default)]
+struct Blocks {
+    states: HashMap<u64, State>,
+    /// So many wait: waking nobody is a system call too.
+    waiting: usize,
+}
+
 #[derive(Debug, Default)]
 struct Shard {
-    blocks: Mutex<HashMap<u64, State>>,
+    blocks: Mutex<Blocks>,
     released: Condvar,
 }
 
 impl Shard {
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, State>> {
+    fn lock(&self) -> MutexGuard<'_, Blocks> {
         self.blocks.lock().unwrap_or_else(PoisonError::into_inner) // changed by single steps, whole at any moment
     }
 }
@@ -86,30 +95,32 @@ impl Tokens {
     pub(crate) fn acquire(&self, block: BlockIndex, hold: Hold, wait: Wait) -> bool {
         let shard = self.shard(block);
         let mut blocks = shard.lock();
-        let state = blocks.entry(block.0).or_default();
+        let mut state = blocks.states.entry(block.0).or_default();
         let behind = state.waiting_alone > 0;
         if !state.admits(hold) || behind {
             if wait == Wait::No {
                 if state.is_free() {
-                    blocks.remove(&block.0);
+                    blocks.states.remove(&block.0);
                 }
                 return false;
             }
             if hold == Hold::Alone {
                 state.waiting_alone += 1;
             }
+            blocks.waiting += 1;
             loop {
                 blocks = shard.released.wait(blocks).unwrap_or_else(PoisonError::into_inner);
-                let state = blocks.entry(block.0).or_default();
+                let state = blocks.states.entry(block.0).or_default();
                 if state.admits(hold) && (hold == Hold::Alone || state.waiting_alone == 0) {
                     break;
                 }
             }
+            blocks.waiting -= 1;
+            state = blocks.states.entry(block.0).or_default();
             if hold == Hold::Alone {
-                blocks.entry(block.0).or_default().waiting_alone -= 1;
+                state.waiting_alone -= 1;
             }
         }
-        let state = blocks.entry(block.0).or_default();
         match hold {
             Hold::Use => state.uses += 1,
             Hold::Change => state.change = true,
@@ -122,17 +133,21 @@ impl Tokens {
     pub(crate) fn release(&self, block: BlockIndex, hold: Hold) {
         let shard = self.shard(block);
         let mut blocks = shard.lock();
-        let Some(state) = blocks.get_mut(&block.0) else { return };
+        let Entry::Occupied(mut held) = blocks.states.entry(block.0) else { return };
+        let state = held.get_mut();
         match hold {
             Hold::Use => state.uses = state.uses.saturating_sub(1),
             Hold::Change => state.change = false,
             Hold::Alone => state.alone = false,
         }
         if state.is_free() {
-            blocks.remove(&block.0);
+            held.remove();
         }
+        let is_awaited = blocks.waiting > 0;
         drop(blocks);
-        shard.released.notify_all();
+        if is_awaited {
+            shard.released.notify_all();
+        }
     }
 }
 
@@ -195,6 +210,9 @@ mod tests {
                 });
             }
         });
-        assert!(tokens.shards.iter().all(|shard| shard.lock().is_empty()), "nothing is left behind");
+        assert!(
+            tokens.shards.iter().all(|shard| shard.lock().states.is_empty() && shard.lock().waiting == 0),
+            "nothing is left behind"
+        );
     }
 }

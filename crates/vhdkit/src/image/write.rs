@@ -1,7 +1,6 @@
 //! Writing, zeroing and trimming ranges of a disk: loops over blocks.
 
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 
 use super::Shared;
 use super::device::check_range;
@@ -51,7 +50,7 @@ impl Shared {
     #[inline]
     pub(super) fn write_mapped(&self, buf: &[u8], offset: u64) -> Result<bool> {
         let _inside = self.gate.enter();
-        if !self.ready.load(Ordering::SeqCst) || self.writer.get().is_none_or(Writer::is_poisoned) {
+        if !self.writer.get().is_some_and(Writer::is_ready) {
             return Ok(false);
         }
         self.put_mapped(Payload::Bytes(buf), offset)

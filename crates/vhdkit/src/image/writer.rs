@@ -9,7 +9,7 @@
 //!   5. meta         free space, dirty pages; held for microseconds, no I/O
 //! ```
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -62,14 +62,23 @@ pub(super) struct Meta {
     pub(super) space: Space,
     /// Freed since the last commit took its pages.
     pub(super) frees: Vec<Range<u64>>,
+    /// Where blocks begin that plans were given up over whose I/O may still come: such a place is not given to another.
+    pub(super) abandoned: BTreeSet<u64>,
     /// Bytes freed, but not given back yet.
     pub(super) waiting_bytes: u64,
     pub(super) new_bitmaps: HashMap<ChunkIndex, NewBitmap>,
+    /// So many wait for pages: waking nobody is a system call too.
+    waiting: usize,
 }
 
 impl Meta {
     pub(super) fn has_dirty(&self) -> bool {
         self.dirty > 0
+    }
+
+    /// The pages that are dirty.
+    pub(super) fn dirty_keys(&self) -> impl Iterator<Item = PageKey> {
+        self.pages.iter().filter(|(_, page)| page.dirty).map(|(key, _)| *key)
     }
 
     /// Marks a page changed; true when it was not before.
@@ -104,19 +113,23 @@ impl Meta {
         }
     }
 
-    /// The dirty pages, which are clean from here on.
+    /// The dirty pages, which are clean from here on. They stay reserved for the commit that takes them, so that there is
+    /// room for them should it fail.
     pub(super) fn take_dirty(&mut self) -> Vec<PageKey> {
-        let keys: Vec<PageKey> = self.pages.iter().filter(|(_, page)| page.dirty).map(|(key, _)| *key).collect();
-        self.pages.retain(|_, page| {
+        let keys: Vec<PageKey> = self.dirty_keys().collect();
+        for page in self.pages.values_mut().filter(|page| page.dirty) {
             page.dirty = false;
-            page.reserved > 0
-        });
+            page.reserved += 1;
+        }
         self.dirty = 0;
         keys
     }
 
-    /// Takes note of freed space.
+    /// Takes note of freed space. What I/O of an abandoned plan may still hit stays taken.
     pub(super) fn free(&mut self, range: Range<u64>) {
+        if self.abandoned.contains(&range.start) {
+            return;
+        }
         self.waiting_bytes += range.end - range.start;
         self.frees.push(range);
     }
@@ -136,22 +149,31 @@ pub(super) enum Mode {
     Closed = 3,
 }
 
+/// Operations and plans under way.
+#[derive(Debug, Default)]
+struct Activity {
+    count: u64,
+    /// So many wait for the end of all: waking nobody is a system call too.
+    waiting: usize,
+}
+
 /// The writer of an image.
 #[derive(Debug)]
 pub(super) struct Writer {
     pub(super) tokens: Tokens,
     meta: Mutex<Meta>,
-    /// Reserved pages or space were given back.
-    pub(super) meta_changed: Condvar,
+    /// Reserved pages were given back.
+    meta_changed: Condvar,
     pub(super) commit: Mutex<Commit>,
     pub(super) growth: Mutex<()>,
     mode: AtomicU8,
     /// True once the session's GUIDs are durable in both headers.
     pub(super) started: AtomicBool,
-    /// Operations and plans under way.
-    active: Mutex<u64>,
+    active: Mutex<Activity>,
     active_changed: Condvar,
     poison: OnceLock<String>,
+    /// True while mapped blocks may be overwritten without further questions.
+    ready: AtomicBool,
     pub(super) flushes: Flushes,
     /// Pages that one entry of the log holds.
     capacity: usize,
@@ -183,8 +205,10 @@ impl Writer {
             dirty: 0,
             space,
             frees: Vec::new(),
+            abandoned: BTreeSet::new(),
             waiting_bytes: 0,
             new_bitmaps: HashMap::new(),
+            waiting: 0,
         };
         Self {
             tokens: Tokens::default(),
@@ -194,9 +218,10 @@ impl Writer {
             growth: Mutex::new(()),
             mode: AtomicU8::new(Mode::ReadOnly as u8),
             started: AtomicBool::new(false),
-            active: Mutex::new(0),
+            active: Mutex::default(),
             active_changed: Condvar::new(),
             poison: OnceLock::new(),
+            ready: AtomicBool::new(false),
             flushes: Flushes::default(),
             capacity: usize::try_from(pages_max(header.log_length)).unwrap_or(usize::MAX),
             is_fixed,
@@ -257,9 +282,24 @@ impl Writer {
     /// Ends all writing for good. Gives the error back for who met it.
     pub(super) fn poison(&self, error: Error) -> Error {
         let _ = self.poison.set(error.to_string()); // the first failure is the one to tell
+        self.ready.store(false, Ordering::SeqCst);
         error.with_hint(
             "the image writes nothing any more; what was flushed before is safe, and opening it again replays its log",
         )
+    }
+
+    /// Whether mapped blocks may be overwritten without further questions. Asked inside the gate.
+    #[inline]
+    pub(super) fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::SeqCst)
+    }
+
+    /// Says whether they may; never again once something has failed.
+    pub(super) fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::SeqCst);
+        if self.is_poisoned() {
+            self.ready.store(false, Ordering::SeqCst);
+        }
     }
 
     pub(super) fn is_poisoned(&self) -> bool {
@@ -268,7 +308,7 @@ impl Writer {
 
     /// Begins an operation that may change the image.
     pub(super) fn enter(&self) -> Result<Active<'_>> {
-        *self.lock_active() += 1;
+        self.lock_active().count += 1;
         let active = Active(self);
         match self.mode() {
             Mode::Writable => {}
@@ -284,19 +324,21 @@ impl Writer {
 
     /// Counts a plan that only reads.
     pub(super) fn count(&self) {
-        *self.lock_active() += 1;
+        self.lock_active().count += 1;
     }
 
     /// Ends an operation or a plan.
     pub(super) fn leave(&self) {
         let mut active = self.lock_active();
-        *active = active.saturating_sub(1);
-        if *active == 0 {
+        active.count = active.count.saturating_sub(1);
+        let is_awaited = active.count == 0 && active.waiting > 0;
+        drop(active);
+        if is_awaited {
             self.active_changed.notify_all();
         }
     }
 
-    fn lock_active(&self) -> MutexGuard<'_, u64> {
+    fn lock_active(&self) -> MutexGuard<'_, Activity> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -304,12 +346,14 @@ impl Writer {
     pub(super) fn wait_idle(&self, wait: Duration) -> bool {
         let deadline = Instant::now() + wait;
         let mut active = self.lock_active();
-        while *active > 0 {
+        while active.count > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
             }
+            active.waiting += 1;
             active = self.active_changed.wait_timeout(active, left).unwrap_or_else(PoisonError::into_inner).0;
+            active.waiting -= 1;
         }
         true
     }
@@ -328,14 +372,26 @@ impl Writer {
             if wait == Wait::No {
                 return None;
             }
+            meta.waiting += 1;
             meta = self.meta_changed.wait(meta).unwrap_or_else(PoisonError::into_inner);
+            meta.waiting -= 1;
         }
     }
 
     /// Gives reserved pages back.
     pub(super) fn unreserve(&self, keys: &[PageKey]) {
-        self.meta().unreserve(keys);
-        self.meta_changed.notify_all();
+        let mut meta = self.meta();
+        meta.unreserve(keys);
+        self.wake(meta);
+    }
+
+    /// Lets go of what is changed in memory, and wakes those who wait for pages.
+    pub(super) fn wake(&self, meta: MutexGuard<'_, Meta>) {
+        let is_awaited = meta.waiting > 0;
+        drop(meta);
+        if is_awaited {
+            self.meta_changed.notify_all();
+        }
     }
 }
 

@@ -1,0 +1,144 @@
+//! Every rule of the order of writes, broken on purpose: the simulator has to find the loss within 10,000 images.
+
+use vhdkit::image::simulation::BrokenRule;
+use vhdkit_testkit::dirty::edit_header;
+use vhdkit_testkit::rng::Rng;
+use vhdkit_testkit::sim::{Campaign, Lab, Sampling};
+use vhdkit_testkit::{BlockSpec, BuiltImage, Content, DescriptorSpec, Guid, ImageBuilder, LogEntrySpec, LogRing};
+
+use crate::bases::{Base, Kind, base, long_headers};
+use crate::world::{Style, World};
+
+/// Images that may be looked at before a broken rule has to be found.
+const IMAGES_MAX: u64 = 10_000;
+
+fn found(rule: BrokenRule, make: impl Fn(&mut Rng) -> Base + Sync, style: Style) {
+    // What needs an unlikely order of steps is found by many programs rather than by many states of a few.
+    let few = style.nested_percent >= 50;
+    let sampling =
+        if few { Sampling { exhaustive_ops: 1, random: 1 } } else { Sampling { exhaustive_ops: 4, random: 20 } };
+    let style = Style { broken: Some(rule), ..style };
+    let program = |rng: &mut Rng, lab: &Lab| {
+        let base = make(rng);
+        World::start(lab, rng, base, style)?.run(rng)
+    };
+    let campaign = Campaign { distinct_max: Some(IMAGES_MAX), sampling, ..Campaign::default() };
+    let report = campaign.run(&program);
+    let Some(violation) = &report.violation else {
+        panic!("{rule:?} was broken, and nothing was found in {} images\n{report}", report.total().distinct);
+    };
+    println!("{rule:?}: found after {} images: {}", report.total().distinct, violation.message);
+}
+
+const STYLE: Style =
+    Style { steps: 40, nested_percent: 20, nested_in_commits: false, replay_percent: 10, second_cuts: 1, broken: None };
+
+macro_rules! broken {
+    ($($name:ident: $rule:ident in $kind:expr;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                found(BrokenRule::$rule, |rng| base(rng, $kind), STYLE);
+            }
+        )*
+    };
+}
+
+broken! {
+    logging_before_the_payload_is_durable: LogBeforeData in Kind::Dynamic;
+    writing_home_before_the_entry_is_durable: HomeBeforeLogSync in Kind::Child;
+    writing_an_entry_over_the_newest_one: RingReuse in Kind::Dynamic;
+    retiring_an_entry_that_is_not_home: TailTooEarly in Kind::Child;
+    publishing_the_log_guid_before_an_entry: GuidBeforeEntry in Kind::Dynamic;
+    clearing_the_log_guid_before_home_is_durable: ClearBeforeHome in Kind::Child;
+    clearing_the_log_guid_in_one_header: ClearOneSlot in Kind::Dynamic;
+    giving_freed_space_out_at_once: FreeAtOnce in Kind::Dynamic;
+    cutting_the_file_before_the_log_is_clean: CutBeforeClear in Kind::Dynamic;
+    a_last_file_offset_that_stays_behind: LastOffsetFrozen in Kind::Dynamic;
+    a_data_write_guid_that_comes_late: DataGuidLate in Kind::Dynamic;
+    keeping_stale_bits: StaleBits in Kind::Child;
+    a_sector_bitmap_in_stale_space: BitmapNotZeroed in Kind::Child;
+    a_part_of_a_block_in_stale_space: StaleSpace in Kind::Dynamic;
+    pages_made_from_the_file: PageFromDisk in Kind::Dynamic;
+    one_commit_in_two_entries: SplitEntry in Kind::Child;
+}
+
+/// Where it takes something else in the middle of a commit.
+const NESTED: Style = Style { nested_percent: 60, nested_in_commits: true, ..STYLE };
+
+#[test]
+fn retiring_frees_that_came_after_the_take() {
+    found(BrokenRule::FreeAfterTake, |rng| base(rng, Kind::Dynamic), NESTED);
+}
+
+#[test]
+fn home_writes_of_a_later_moment() {
+    // Two blocks whose bits stand in different pages of the bitmap.
+    found(BrokenRule::HomeFromMemory, |rng| Base { blocks: vec![0, 18], ..base(rng, Kind::Child) }, NESTED);
+}
+
+#[test]
+fn publishing_before_the_payload() {
+    let style = Style { nested_percent: 50, ..STYLE };
+    found(BrokenRule::PublishBeforeData, |rng| base(rng, Kind::Child), style);
+}
+
+#[test]
+fn a_flushed_file_offset_that_runs_ahead() {
+    found(BrokenRule::FlushedOffsetAhead, |rng| base(rng, Kind::Dynamic), NESTED);
+}
+
+#[test]
+fn taking_after_the_sync() {
+    found(BrokenRule::TakeAfterSync, |rng| base(rng, Kind::Dynamic), NESTED);
+}
+
+#[test]
+fn writing_both_headers_at_once() {
+    found(BrokenRule::HeadersTogether, long_headers, STYLE);
+}
+
+/// A dirty log that needs replay, always.
+fn dirty(rng: &mut Rng) -> Base {
+    loop {
+        let base = base(rng, Kind::Child);
+        if base.image.file.read(base.image.layout.header(0) + 48, 16) != [0; 16] {
+            return base;
+        }
+    }
+}
+
+#[test]
+fn clearing_the_log_guid_before_the_replay_is_durable() {
+    let style = Style { replay_percent: 100, second_cuts: 4, ..STYLE };
+    found(BrokenRule::ReplayClearEarly, dirty, style);
+}
+
+/// An entry before the tail that names a place which a block has got since.
+fn retired_entry_over_payload(_: &mut Rng) -> Base {
+    let mut image: BuiltImage = ImageBuilder::new(8 << 20, 1 << 20)
+        .block(0, BlockSpec::present(Content::Sparse { seed: 1, stride: 2 }))
+        .block(1, BlockSpec::present(Content::Sparse { seed: 2, stride: 2 }))
+        .build();
+    let guid = Guid::seeded(77);
+    let length = image.file.len();
+    let mut ring = LogRing::new(image.layout.log, image.layout.log_length);
+    let over = image.layout.payload_block(1);
+    let retired = LogEntrySpec::new(guid, 10, length).descriptor(DescriptorSpec::data(over, &[0xdd; 4096]));
+    let placed = ring.place(&mut image.file, &retired);
+    let bat = image.file.read(image.layout.bat, 4096);
+    let newest = LogEntrySpec::new(guid, 11, length)
+        .descriptor(DescriptorSpec::data(image.layout.bat, &bat))
+        .tail(placed.start + placed.length);
+    ring.place(&mut image.file, &newest);
+    for slot in 0..2 {
+        edit_header(&mut image, slot, |header| header[48..64].copy_from_slice(&guid.0));
+    }
+    Base::new(image, &[0, 1])
+}
+
+#[test]
+fn replaying_what_lies_before_the_tail() {
+    let style = Style { replay_percent: 100, ..STYLE };
+    found(BrokenRule::ReplayFromRunStart, retired_entry_over_payload, style);
+}
