@@ -11,6 +11,7 @@
     reason = "test code: a broken expectation ends the test"
 )]
 #![allow(dead_code, unreachable_pub, reason = "the library uses more of these files")]
+#![allow(clippy::modulo_one, reason = "there is one group of threads here")]
 
 // The sources bring tests of their own, for real threads; as a test of its own this crate is empty.
 #[cfg(not(test))]
