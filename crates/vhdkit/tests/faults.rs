@@ -194,7 +194,6 @@ enum Asked {
     Through(Ticket),
     Plan(Ticket),
     Flush(FlushTicket),
-    Nothing,
 }
 
 impl<'a> Run<'a> {
@@ -255,7 +254,7 @@ impl<'a> Run<'a> {
             (Asked::Plan(ticket), _) | (Asked::Request(ticket) | Asked::Through(ticket), Err(_)) => {
                 self.history.fail(ticket);
             }
-            (Asked::Flush(_) | Asked::Nothing, _) => {}
+            (Asked::Flush(_), _) => {}
         }
         done
     }

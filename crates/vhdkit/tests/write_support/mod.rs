@@ -630,9 +630,3 @@ impl Machine {
         }
     }
 }
-
-/// Whether findings of a kind are there.
-pub(crate) fn has_code(storage: &Arc<dyn Storage>, code: Code) -> bool {
-    let report = check(storage, None, &CheckOptions::default(), &()).unwrap();
-    report.findings.iter().any(|finding| finding.code() == code)
-}
