@@ -8,10 +8,12 @@ use crate::seeds;
 use crate::shell::{self, Outcome, find, root};
 
 /// The targets of `fuzz/`.
-pub(crate) const TARGETS: [&str; 3] = ["decode", "open", "locator"];
+pub(crate) const TARGETS: [&str; 4] = ["decode", "open", "locator", "model"];
 
 /// Longest input that libFuzzer makes: the fuzz format of `open` describes a file in few bytes.
 const INPUT_BYTES_MAX: u32 = 32 << 10;
+/// The same for `model`: the operations of one program.
+const PROGRAM_BYTES_MAX: u32 = 512;
 
 /// Memory that a target may take at most, in MiB; the sanitizer itself needs some hundred.
 const MEMORY_MIB_MAX: u32 = 1024;
@@ -49,7 +51,8 @@ pub(crate) fn fuzz(seconds: u64, targets: &[&str]) -> Outcome {
         eprintln!("{target}: {seeds} seeds");
         let mut command = Command::new(&program);
         command.args(["fuzz", "run", target]).arg(format!("corpus/{target}")).arg(format!("seeds/{target}"));
-        command.arg("--").arg(format!("-max_total_time={seconds}")).arg(format!("-max_len={INPUT_BYTES_MAX}"));
+        let length = if *target == "model" { PROGRAM_BYTES_MAX } else { INPUT_BYTES_MAX };
+        command.arg("--").arg(format!("-max_total_time={seconds}")).arg(format!("-max_len={length}"));
         command.arg(format!("-rss_limit_mb={MEMORY_MIB_MAX}")).arg(format!("-timeout={INPUT_SECONDS_MAX}"));
         command.arg("-print_final_stats=1").arg("-verbosity=0").current_dir(&folder);
         // The sanitizer is not stable yet; nothing but the fuzz targets may be built with this.

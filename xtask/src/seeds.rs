@@ -6,7 +6,7 @@ use std::path::Path;
 use vhdkit_testkit::dirty::Stale;
 use vhdkit_testkit::random::{RandomOptions, random_dirty_plan, random_image};
 use vhdkit_testkit::spec::LocatorSpec;
-use vhdkit_testkit::{BuiltImage, Guid};
+use vhdkit_testkit::{BuiltImage, Guid, Rng};
 
 use crate::shell::Outcome;
 
@@ -29,6 +29,7 @@ pub(crate) fn write(target: &str, folder: &Path) -> Outcome<usize> {
         "open" => images().filter_map(|image| chain(&image)).collect(),
         "decode" => images().flat_map(|image| structures(&image)).collect(),
         "locator" => locators(),
+        "model" => programs(),
         other => return Err(format!("there are no seeds for \"{other}\"").into()),
     };
     if folder.exists() {
@@ -171,4 +172,18 @@ fn locators() -> Vec<Vec<u8>> {
             .encode()
     });
     whole.chain([LocatorSpec::new(Guid::seeded(9), "x").without("relative_path").encode()]).collect()
+}
+
+/// Programs on every kind of image that `model` has, of operations drawn at random.
+fn programs() -> Vec<Vec<u8>> {
+    const OPERATION_BYTES: u64 = 4;
+    (0..96)
+        .map(|seed| {
+            let mut rng = Rng::new(seed);
+            let mut program = vec![u8::try_from(seed % 32).unwrap_or_default()];
+            let bytes = OPERATION_BYTES * rng.between(1, 60);
+            program.extend(rng.bytes(usize::try_from(bytes).unwrap_or_default()));
+            program
+        })
+        .collect()
 }

@@ -9,9 +9,7 @@
 //! Those who follow wait here and not for the commit lock: that one is held through a sync, and handed on to one thread
 //! at a time, also to those whom the last commit has satisfied.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-
+use super::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, PoisonError};
 use super::tokens::Wait;
 
 #[derive(Debug, Default)]
@@ -23,7 +21,7 @@ struct State {
 
 /// The flushes of an image.
 #[derive(Debug, Default)]
-pub(super) struct Flushes {
+pub(crate) struct Flushes {
     asked: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
@@ -31,7 +29,7 @@ pub(super) struct Flushes {
 
 /// What a flush has to do.
 #[derive(Debug)]
-pub(super) enum Turn<'a> {
+pub(crate) enum Turn<'a> {
     /// Nothing: a commit that began after it was asked for has ended.
     Done,
     /// Come back later: somebody leads, and it must not wait.
@@ -42,7 +40,7 @@ pub(super) enum Turn<'a> {
 
 /// The right to commit for all who ask; ends when dropped.
 #[derive(Debug)]
-pub(super) struct Lead<'a>(&'a Flushes);
+pub(crate) struct Lead<'a>(&'a Flushes);
 
 impl Flushes {
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -50,17 +48,17 @@ impl Flushes {
     }
 
     /// A flush is asked for. What ended before is covered by every commit that takes this ticket.
-    pub(super) fn ask(&self) -> u64 {
+    pub(crate) fn ask(&self) -> u64 {
         self.asked.fetch_add(1, Ordering::SeqCst) + 1
     }
 
     /// The newest ticket: a commit that takes its pages after this covers all up to it.
-    pub(super) fn newest(&self) -> u64 {
+    pub(crate) fn newest(&self) -> u64 {
         self.asked.load(Ordering::SeqCst)
     }
 
     /// Waits until the flush is satisfied or may lead.
-    pub(super) fn turn(&self, ticket: u64, wait: Wait) -> Turn<'_> {
+    pub(crate) fn turn(&self, ticket: u64, wait: Wait) -> Turn<'_> {
         let mut state = self.lock();
         loop {
             if state.done >= ticket {
@@ -80,7 +78,7 @@ impl Flushes {
 
 impl Lead<'_> {
     /// A commit that took this ticket has ended well.
-    pub(super) fn done(self, ticket: u64) {
+    pub(crate) fn done(self, ticket: u64) {
         let mut state = self.0.lock();
         state.done = state.done.max(ticket);
     }

@@ -13,14 +13,9 @@
 //! in the other epoch. This is the idea of sleepable read-copy-update (McKenney, 2006), with counts per group of threads
 //! so that threads do not fight for one cache line.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// Groups of threads.
-const STRIPES: usize = 16;
-/// How often the counts are looked at before the thread sleeps in between.
-const SPINS: u32 = 200;
+use super::sync::{AtomicUsize, Mutex, Ordering, Patience, PoisonError, STRIPES};
 
 /// The counts of one group, on cache lines of their own.
 #[derive(Debug, Default)]
@@ -54,7 +49,8 @@ impl Drop for Inside<'_> {
 /// The group of this thread.
 #[inline]
 fn stripe() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    // Only a number to draw; it orders nothing.
+    static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
     thread_local! {
         static STRIPE: usize = NEXT.fetch_add(1, Ordering::Relaxed) % STRIPES;
     }
@@ -76,29 +72,24 @@ impl Gate {
     /// True once everything that began before the call has ended; false when that takes longer than `wait`.
     pub(crate) fn is_quiet(&self, wait: Duration) -> bool {
         let _flipping = self.flipping.lock().unwrap_or_else(PoisonError::into_inner);
-        let deadline = Instant::now() + wait;
+        let mut patience = Patience::new(wait);
         (0..2).all(|_| {
             let old = self.epoch.fetch_xor(1, Ordering::SeqCst) & 1;
-            self.drained(old, deadline)
+            self.drained(old, &mut patience)
         })
     }
 
-    fn drained(&self, epoch: usize, deadline: Instant) -> bool {
+    fn drained(&self, epoch: usize, patience: &mut Patience) -> bool {
         let busy = || {
             self.stripes.iter().any(|stripe| {
                 let [even, odd] = &stripe.counts;
                 (if epoch == 0 { even } else { odd }).load(Ordering::SeqCst) != 0
             })
         };
-        let mut spins = 0;
+        patience.begin();
         while busy() {
-            spins += 1;
-            if spins < SPINS {
-                std::hint::spin_loop();
-            } else if Instant::now() >= deadline {
+            if !patience.pause() {
                 return false;
-            } else {
-                std::thread::sleep(Duration::from_micros(20));
             }
         }
         true

@@ -25,6 +25,7 @@ pub mod simulation;
 #[cfg(not(feature = "simulation"))]
 mod simulation;
 mod space;
+mod sync;
 mod tokens;
 mod view;
 mod write;

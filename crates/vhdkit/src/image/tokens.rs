@@ -10,8 +10,8 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::units::BlockIndex;
 
 /// How a block is held.
