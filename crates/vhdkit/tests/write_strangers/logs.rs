@@ -116,7 +116,7 @@ fn program(log: u64, commits: u64) {
         }
         before = now;
         // Now and then, and in the first commits of a new round.
-        if (commit + 1) % (commits / 3) == 0 || round.is_some_and(|round| commit - round < 4) {
+        if (commit + 1) % (commits / 2) == 0 || round.is_some_and(|round| commit - round < 3) {
             copies += 1;
             save(&*storage, &copied);
             judge(&format!("log of {log} MiB, commit {commit}"), &mut rng, &copied, &array, true);
