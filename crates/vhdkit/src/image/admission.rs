@@ -8,7 +8,7 @@ use super::session::needs_replay;
 use super::simulation::BrokenRule;
 use super::space::Space;
 use super::writer::Writer;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::finding::{Code, FailFast, Findings, Location, Strictness};
 use crate::format::metadata::DiskType;
 
@@ -38,10 +38,25 @@ pub(super) fn admit(layer: &Layer, admission: &Admission) -> Result<Writer> {
     if header.is_dirty() && !admission.replay {
         return Err(needs_replay());
     }
+    let (there, wanted) = (layer.view().physical_size(), layer.view().size());
+    if header.is_dirty() && wanted > there && !can_grow(layer) {
+        let what = format!("the log wants {wanted:#x} bytes for the file, and the device has {there:#x}");
+        return Err(
+            Error::new(ErrorKind::Truncated, what).with_hint("copy the image to a file or a larger device first")
+        );
+    }
     let (_, marks) = scan_marks(layer, &mut findings, &mut |_, _| Ok(()))?;
     let space = Space::new(marks, layer.view().size(), layer.geometry().block_size());
     let is_fixed = layer.metadata().disk_type() == DiskType::Fixed;
     let mut writer = Writer::new(Commit::new(layer.headers()), header, space, is_fixed);
     writer.broken = admission.broken;
     Ok(writer)
+}
+
+/// Whether the file can be made longer: a block device cannot.
+fn can_grow(layer: &Layer) -> bool {
+    let is_device = |file: &std::fs::File| {
+        file.metadata().is_ok_and(|metadata| std::os::unix::fs::FileTypeExt::is_block_device(&metadata.file_type()))
+    };
+    !layer.storage().as_file().is_some_and(is_device)
 }

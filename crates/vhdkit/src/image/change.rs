@@ -246,7 +246,10 @@ impl Shared {
         if end <= self.view().physical_size() {
             return Ok(());
         }
-        self.grow(writer, wait, |length| (end > length).then_some(end)).map(|_| ())
+        if self.grow(writer, wait, |length| (end > length).then_some(end))? {
+            return Ok(());
+        }
+        Err(super::session::busy())
     }
 
     /// Looks at the block under its token, loads what will change, and finds space.
@@ -459,7 +462,8 @@ impl Shared {
         let length = self.view().physical_size();
         let Some(least) = wanted(length).and_then(|end| round_up(end, MIB)) else { return Ok(true) };
         let _phase = enter(Phase::Payload);
-        let step = round_up(length, MIB).unwrap_or(length) + GROWTH_STEP;
+        // A fixed image is not cut when it is closed, so it does not grow by more than it needs.
+        let step = if writer.is_fixed { least } else { round_up(length, MIB).unwrap_or(length) + GROWTH_STEP };
         let grown = match self.storage().set_len(least.max(step)) {
             // A step too far for a limit or a full device; what is needed may still fit.
             Err(_) if least < step => self.storage().set_len(least).map(|()| least),

@@ -140,7 +140,8 @@ impl Image {
     }
 
     /// Plans a read of whole sectors: where the bytes are from the start of the range to the end of that block at most.
-    /// Waits for a trim of that block under way.
+    /// Waits for a trim of that block under way, also for one that waits for a plan itself: a thread that holds plans uses
+    /// [`Image::try_plan_read`].
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] for parts of sectors; otherwise as [`BlockDevice::read_at`].

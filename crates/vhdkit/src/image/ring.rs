@@ -6,13 +6,19 @@
 //!
 //! An entry takes at most half the ring less one sector, and every entry but the newest is home for certain when the
 //! next is written, so the next one never reaches the newest (W-030 to W-033 hold without tail-moving entries).
+//!
+//! The first entry of a new round is followed by a sector of zeros. QEMU does not compare the numbers of the first two
+//! entries of a run: it would take an old entry right behind for the second one, follow the old round once around the
+//! ring, and refuse the image.
 
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::guid::Guid;
 use crate::format::header::Header;
-use crate::format::log::{EntryToLog, PageToLog, SECTOR, encode_entry, entry_sectors_max, pages_per_entry};
+use crate::format::log::{
+    EntryToLog, PageToLog, SECTOR, SECTOR_BYTES, encode_entry, entry_sectors_max, pages_per_entry,
+};
 use crate::storage::Storage;
 use crate::units::MIB;
 
@@ -101,21 +107,24 @@ impl LogRing {
             flushed_file_offset,
             last_file_offset,
         };
-        let bytes = encode_entry(&entry, pages).filter(|bytes| {
-            let sectors = bytes.len() as u64 / SECTOR;
-            over_newest || sectors + self.newest <= self.sectors
-        });
-        let Some(bytes) = bytes else {
+        let fits = |bytes: &Vec<u8>| over_newest || bytes.len() as u64 / SECTOR + self.newest <= self.sectors;
+        let bytes = encode_entry(&entry, pages).filter(fits);
+        let Some(mut bytes) = bytes else {
             // Admission keeps commits small enough.
             return Err(Error::new(ErrorKind::Limit, format!("{} pages do not fit into the log", pages.len())));
         };
+        let sectors = bytes.len() as u64 / SECTOR;
+        // Two entries of nearly half a ring leave two sectors between them, so the newest entry stays whole.
+        if start < (self.head + self.sectors - self.newest) % self.sectors && sectors + self.newest < self.sectors {
+            bytes.extend_from_slice(&[0; SECTOR_BYTES]);
+        }
         let to_end = usize::try_from((self.sectors - start) * SECTOR).unwrap_or(usize::MAX);
         let (first, wrapped) = bytes.split_at(to_end.min(bytes.len()));
         let at = self.offset + start * SECTOR;
         let failed = |error| Error::io(format!("cannot write the log at {at:#x}"), error);
         storage.write_at(first, at).map_err(failed)?;
         storage.write_at(wrapped, self.offset).map_err(failed)?;
-        self.newest = bytes.len() as u64 / SECTOR;
+        self.newest = sectors;
         self.head = (start + self.newest) % self.sectors;
         self.next_sequence += 1; // began below 2^62
         Ok(())
@@ -137,7 +146,7 @@ fn write_zeros(storage: &Arc<dyn Storage>, start: u64, end: u64) -> std::io::Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::log::{Ring, SECTOR_BYTES, find_active_sequence};
+    use crate::format::log::{Ring, find_active_sequence};
     use crate::image::replay::FileRing;
     use crate::storage::MemoryStorage;
 
@@ -169,7 +178,7 @@ mod tests {
         let mut ring = LogRing::new(&header);
         let page = [7_u8; SECTOR_BYTES];
         let zero = [0_u8; SECTOR_BYTES];
-        let mut before: Option<(u64, Vec<u8>)> = None;
+        let (mut before, mut rounds): (Option<(u64, Vec<u8>)>, u32) = (None, 0);
         for round in 0..200_u64 {
             let count = (round * 37 + 3) % 127;
             let pages: Vec<PageToLog<'_>> = (0..count)
@@ -199,7 +208,12 @@ mod tests {
             if let Some((at, bytes)) = &before {
                 assert!(read(*at, bytes.len() as u64 / SECTOR) == *bytes, "round {round} damaged the entry before");
             }
+            if before.as_ref().is_some_and(|(at, _)| start < *at) {
+                rounds += 1;
+                assert!(read(ring.head, 1) == zero, "round {round}: an old entry may follow");
+            }
             before = Some((start, read(start, ring.newest)));
         }
+        assert!(rounds > 20);
     }
 }

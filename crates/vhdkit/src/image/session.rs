@@ -219,7 +219,8 @@ impl Shared {
         meta.space.cut(end);
         drop(meta);
         let cut = self.storage().set_len(end);
-        cut.map_err(|error| writer.poison(Error::io(format!("cannot cut the file to {end:#x} bytes"), error)))?;
+        // Everything is durable and the log is clean: what trails behind is leaked space and no more.
+        cut.map_err(|error| Error::io(format!("cannot cut the file to {end:#x} bytes"), error))?;
         // A block device stays as long as it is.
         let length = self.storage().len().unwrap_or(end);
         self.view().set_size(length);

@@ -17,7 +17,7 @@ use crate::support::{
     MIB, complaints, open, open_for_writing, qemu_check, qemu_to_raw, read, same_as_raw, text, unlocked,
 };
 
-const ROUNDS: u64 = 12;
+const ROUNDS: u64 = 10;
 
 /// Who makes the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -300,7 +300,7 @@ struct Mounted(PathBuf);
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = run_tool("fusermount", &["-u", text(&self.0)]);
+        let _ = run_tool("umount", &[text(&self.0)]);
     }
 }
 
@@ -326,7 +326,7 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.push(Case::new("seven_zip_reads_what_went_through", with(Kind::Ext4, &["7z"]), seven_zip_reads_it));
     // The case is absent where nothing can be mounted this way, which is no tool that could be installed.
     if File::options().read(true).write(true).open("/dev/fuse").is_ok() {
-        let needs = with(Kind::Ext4, &["vhdimount", "fusermount"]);
+        let needs = with(Kind::Ext4, &["vhdimount", "umount"]).and_root();
         cases.push(Case::new("libvhdi_reads_what_went_through", needs, libvhdi_reads_it));
     }
     cases

@@ -24,13 +24,14 @@ mod alternation;
 mod corpus;
 mod crash_states;
 mod file_systems;
+mod logs;
 mod support;
 
 use vhdkit_testkit::harness::main_with;
 
 fn main() {
     main_with(
-        [crash_states::cases(), alternation::cases(), corpus::cases(), file_systems::cases()]
+        [crash_states::cases(), alternation::cases(), corpus::cases(), file_systems::cases(), logs::cases()]
             .into_iter()
             .flatten()
             .collect(),
