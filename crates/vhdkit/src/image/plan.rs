@@ -87,7 +87,7 @@ impl Drop for ReadPlan {
 
 /// A planned write of a range inside one block. Write the bytes of [`WritePlan::range`] to [`WritePlan::storage`] at
 /// [`WritePlan::file_offset`], then call [`WritePlan::complete`]. Until then nobody sees anything of it, and a crash leaves
-/// the block as it was (a block that is mapped already is written in place).
+/// the block as it was. What is mapped already (a block, or sectors of a partially present one) is written in place.
 ///
 /// Dropping a plan gives its space back; drop it only when none of its I/O is under way. Otherwise
 /// [`abandon`](WritePlan::abandon) it.
