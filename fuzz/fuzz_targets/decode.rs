@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use vhdkit::error::Result;
-use vhdkit::format::bat::{BatEntry, BatRules};
+use vhdkit::format::bat::{BatEntry, BatRules, FileSize};
 use vhdkit::format::checksum::checksum;
 use vhdkit::format::finding::{CollectAll, FailFast, Findings, Severity, Strictness};
 use vhdkit::format::geometry::{BatSlot, Geometry};
@@ -214,7 +214,7 @@ fn bat(input: &[u8]) {
         let rules = BatRules {
             geometry,
             bat_offset: FileOffset(3 * MIB),
-            file_size,
+            file_size: std::sync::Arc::new(FileSize::new(file_size)),
             taken_end: 4 * MIB,
             taken: taken.clone(),
             strictness: level,
