@@ -374,12 +374,18 @@ impl SectorHistory {
         self.epoch += 1;
         if let Some(events) = self.sectors.get_mut(&sector) {
             match content {
+                // Of several the last: by then it was zero, whichever of them did it.
                 Content::Zero => {
-                    if let Some(event) = events.iter_mut().find(|event| event.maybe) {
+                    if let Some(event) = events.iter_mut().rev().find(|event| event.maybe) {
                         event.maybe = false;
                     }
                 }
-                _ => events.retain(|event| !event.maybe),
+                // A discard that had ended before this was written is not told by it.
+                _ => {
+                    let written = events.iter().rev().find(|event| event.content == content);
+                    let written = written.map_or(0, |event| event.started);
+                    events.retain(|event| !event.maybe || event.ended_before(written));
+                }
             }
         }
         Ok(())
@@ -584,6 +590,25 @@ mod tests {
         let bytes = written(&mut history, 5);
         flushed(&mut history);
         assert!(history.allowed(5, &bytes).is_ok() && history.allowed(5, &ZEROS).is_err());
+    }
+
+    #[test]
+    fn a_later_write_does_not_tell_what_an_earlier_discard_did() {
+        let mut history = history();
+        let first = written(&mut history, 5);
+        flushed(&mut history);
+        let early = history.start_discard(0..10);
+        history.finish(early);
+        let (ticket, second) = history.start_write(5, 1);
+        let late = history.start_discard(0..10);
+        history.finish(late);
+        history.finish(ticket);
+        history.observe(5, &second).unwrap();
+        for may_be_left in [&first[..], &second, &ZEROS] {
+            history.allowed(5, may_be_left).unwrap();
+        }
+        flushed(&mut history);
+        assert!(history.allowed(5, &second).is_ok() && history.allowed(5, &ZEROS).is_err());
     }
 
     #[test]
