@@ -84,7 +84,8 @@ impl BatCache {
                 None => return Ok(BatEntry(0)),
             },
         };
-        let entry = cell(page, index).map_or(UNUSABLE, |cell| cell.load(Ordering::Acquire));
+        // In one order with the counts of the gate: who entered it too late to be waited for sees the newer entry.
+        let entry = cell(page, index).map_or(UNUSABLE, |cell| cell.load(Ordering::SeqCst));
         if entry == UNUSABLE {
             return Err(self.explain(index, rules, view));
         }
@@ -162,7 +163,7 @@ impl BatCache {
         };
         self.changed_pages().insert(number);
         self.has_changes.store(true, Ordering::Release);
-        cell.store(entry.0, Ordering::Release);
+        cell.store(entry.0, Ordering::SeqCst);
         Ok(number)
     }
 

@@ -59,6 +59,11 @@ pub(super) struct Change {
 }
 
 impl Change {
+    /// A change that changes nothing yet: the range is mapped, or is about to be prepared.
+    fn new(block: BlockIndex, file_offset: u64, hold: Hold) -> Self {
+        Self { block, file_offset, kind: Kind::Mapped, hold, keys: Vec::new(), pins: Vec::new(), new_bitmap: None }
+    }
+
     /// True when the range is mapped already and is written in place.
     pub(super) fn is_mapped(&self) -> bool {
         matches!(self.kind, Kind::Mapped)
@@ -194,7 +199,9 @@ impl Shared {
             }
             let prepared = self.prepare(writer, block, range, &keys, wait);
             match prepared {
-                Ok(Prepared::Ready(change)) => return Ok(Some(self.ready_or_broken(writer, change))),
+                Ok(Prepared::Ready(change)) => {
+                    return Ok(Some(self.ready_or_broken(writer, Change { keys, ..change })));
+                }
                 other => {
                     writer.tokens.release(block, Hold::Change);
                     writer.unreserve(&keys);
@@ -215,30 +222,14 @@ impl Shared {
         let (block, file_offset) = (change.block, change.file_offset);
         writer.tokens.acquire(block, Hold::Use, Wait::Yes);
         self.finish(writer, change);
-        Change {
-            block,
-            file_offset,
-            kind: Kind::Mapped,
-            hold: Hold::Use,
-            keys: Vec::new(),
-            pins: Vec::new(),
-            new_bitmap: None,
-        }
+        Change::new(block, file_offset, Hold::Use)
     }
 
     /// Looks at a mapped range again under its token.
     fn use_mapped(&self, writer: &Writer, block: BlockIndex, range: &Range<u64>, wait: Wait) -> Result<Option<Change>> {
         let Some(file_offset) = self.mapped(range)? else { return Ok(None) };
         self.reach(writer, file_offset + (range.end - range.start), wait)?;
-        Ok(Some(Change {
-            block,
-            file_offset,
-            kind: Kind::Mapped,
-            hold: Hold::Use,
-            keys: Vec::new(),
-            pins: Vec::new(),
-            new_bitmap: None,
-        }))
+        Ok(Some(Change::new(block, file_offset, Hold::Use)))
     }
 
     /// Makes the file long enough for a block whose end it cuts off (old versions of QEMU leave such files).
@@ -270,19 +261,11 @@ impl Shared {
         let covers = *range == geometry.block_range(block);
         layer.bat().pin(geometry.payload_index(block), layer.rules(), layer.view())?;
         let in_block = geometry.offset_in_block(GuestOffset(range.start));
-        let mut change = Change {
-            block,
-            file_offset: entry.file_offset().0 + in_block,
-            kind: Kind::Mapped,
-            hold: Hold::Change,
-            keys: keys.to_vec(),
-            pins: Vec::new(),
-            new_bitmap: None,
-        };
+        let mut change = Change::new(block, entry.file_offset().0 + in_block, Hold::Change);
         let state = entry.payload_state();
         let part_of_child = geometry.is_differencing() && state == Some(PayloadState::NotPresent) && !covers;
         if state == Some(PayloadState::PartiallyPresent) || part_of_child {
-            match self.prepare_bitmap(writer, &mut change, wait) {
+            match self.prepare_bitmap(writer, &mut change, keys, wait) {
                 Ok(true) => {}
                 other => {
                     self.undo_bitmap(writer, &mut change);
@@ -348,7 +331,7 @@ impl Shared {
     }
 
     /// Pins the pages of the block's bitmap; with a new bitmap block where its chunk has none. False when busy.
-    fn prepare_bitmap(&self, writer: &Writer, change: &mut Change, wait: Wait) -> Result<bool> {
+    fn prepare_bitmap(&self, writer: &Writer, change: &mut Change, keys: &[PageKey], wait: Wait) -> Result<bool> {
         let layer = self.top();
         let geometry = *layer.geometry();
         let chunk = geometry.chunk_of(change.block);
@@ -384,14 +367,11 @@ impl Shared {
                 meta.new_bitmaps.insert(chunk, NewBitmap { given, users: 0 });
             }
         }
-        let keys: Vec<BitmapKey> = change
-            .keys
-            .iter()
-            .filter_map(|key| if let PageKey::Bitmap(key) = key { Some(*key) } else { None })
-            .collect();
         for key in keys {
-            self.pin_bitmap_page(writer, key)?;
-            change.pins.push(key);
+            if let PageKey::Bitmap(key) = *key {
+                self.pin_bitmap_page(writer, key)?;
+                change.pins.push(key);
+            }
         }
         Ok(true)
     }
@@ -480,7 +460,7 @@ impl Shared {
         let pins = std::mem::take(&mut change.pins);
         {
             let mut meta = writer.meta();
-            self.publish(writer, &mut meta, &mut change);
+            self.publish(writer, &mut meta, &change);
             meta.unreserve(&change.keys);
             writer.wake(meta);
         }
@@ -490,7 +470,7 @@ impl Shared {
         writer.tokens.release(change.block, change.hold);
     }
 
-    fn publish(&self, writer: &Writer, meta: &mut Meta, change: &mut Change) {
+    fn publish(&self, writer: &Writer, meta: &mut Meta, change: &Change) {
         let block = change.block;
         match &change.kind {
             Kind::Mapped => {}
@@ -499,12 +479,7 @@ impl Shared {
                     Some(given) => given.range.start,
                     None => self.own_space(block),
                 };
-                self.set_entry(
-                    meta,
-                    self.top().geometry().payload_index(block),
-                    PayloadState::FullyPresent.number(),
-                    start,
-                );
+                self.set_payload(meta, block, PayloadState::FullyPresent, start);
             }
             Kind::Partial(given, bits) => {
                 let start = given.range.start;
@@ -514,35 +489,14 @@ impl Shared {
                 }
                 self.change_bits(meta, block, bits, true);
                 self.publish_bitmap(meta, change.new_bitmap);
-                self.set_entry(
-                    meta,
-                    self.top().geometry().payload_index(block),
-                    PayloadState::PartiallyPresent.number(),
-                    start,
-                );
+                self.set_payload(meta, block, PayloadState::PartiallyPresent, start);
             }
             Kind::Bits(bits) => {
                 self.change_bits(meta, block, bits, true);
                 if self.has_bits(block, &self.top().geometry().block_range(block)).unwrap_or(false) {
                     let start = self.own_space(block);
-                    self.set_entry(
-                        meta,
-                        self.top().geometry().payload_index(block),
-                        PayloadState::FullyPresent.number(),
-                        start,
-                    );
+                    self.set_payload(meta, block, PayloadState::FullyPresent, start);
                 }
-            }
-        }
-        if let Some(chunk) = change.new_bitmap.take()
-            && let Some(new) = meta.new_bitmaps.get_mut(&chunk)
-        {
-            // Only where a whole block was written after all; nothing uses the bitmap then.
-            new.users = new.users.saturating_sub(1);
-            if new.users == 0
-                && let Some(new) = meta.new_bitmaps.remove(&chunk)
-            {
-                give_back(meta, &new.given);
             }
         }
     }
@@ -570,8 +524,12 @@ impl Shared {
         }
     }
 
+    fn set_payload(&self, meta: &mut Meta, block: BlockIndex, state: PayloadState, file_offset: u64) {
+        self.set_entry(meta, self.top().geometry().payload_index(block), state.number(), file_offset);
+    }
+
     /// Changes an entry of the BAT in memory; its page is pinned.
-    pub(super) fn set_entry(&self, meta: &mut Meta, index: BatIndex, state: u64, file_offset: u64) {
+    fn set_entry(&self, meta: &mut Meta, index: BatIndex, state: u64, file_offset: u64) {
         let entry = BatEntry::new(state, FileOffset(file_offset));
         match self.top().bat().set(index, entry) {
             Ok(page) => {
@@ -640,7 +598,7 @@ impl Shared {
             && entry.payload_state().is_some_and(&applies)
         {
             let mut meta = writer.meta();
-            self.set_entry(&mut meta, index, to.number(), 0);
+            self.set_payload(&mut meta, block, to, 0);
             let owned = layer.rules().owned_range(crate::format::geometry::BatSlot::Payload(block), *entry);
             if let Some(owned) = owned {
                 if writer.breaks(BrokenRule::FreeAtOnce) {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use super::Shared;
 use super::bat::bitmap_page_offset;
@@ -188,6 +188,7 @@ impl Shared {
         let block = self.top().geometry().block_of(GuestOffset(range.start));
         // Without a writer nothing moves; one that comes later refuses while such plans are there.
         self.loose_plans.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst); // either it is seen here, or it sees this plan
         let mut plan = ReadPlan { range: range.clone(), steps: Vec::new(), shared: Arc::clone(self), held: None };
         if let Some(writer) = self.writer.get() {
             if !writer.tokens.acquire(block, Hold::Use, wait) {

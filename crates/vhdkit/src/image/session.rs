@@ -1,6 +1,6 @@
 //! A session of writing: how it starts with the first change, and how it ends.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -283,6 +283,7 @@ impl Shared {
         let writer = super::admission::admit(layer, &self.admission).map_err(|error| layer.name_error(error))?;
         let set = self.writer.set(writer);
         set.map_err(|_| Error::new(ErrorKind::Busy, "another thread opens the image for writing"))?;
+        fence(Ordering::SeqCst);
         // From here on plans hold tokens; those from before do not.
         if self.loose_plans.load(Ordering::SeqCst) > 0 {
             return Err(busy());
