@@ -37,6 +37,8 @@ struct PageSlot {
     page: OnceLock<Box<Page>>,
     /// True when the page was read and is zero throughout, as in a hole of the file. `page` goes first.
     is_zero: AtomicBool,
+    /// True once the page stands in `changed`.
+    is_changed: AtomicBool,
 }
 
 /// The BAT of one layer.
@@ -147,22 +149,28 @@ impl BatCache {
         }
     }
 
-    /// Makes sure that an entry's page is in memory and can be changed without I/O from now on.
-    pub(crate) fn pin(&self, index: BatIndex, rules: &BatRules, view: &View) -> Result<()> {
-        self.entry(index, rules, view)?;
-        self.slot(page_of(index))?.page.get_or_init(empty_page);
-        Ok(())
+    /// Makes sure that an entry's page is in memory and can be changed without I/O from now on. Gives the entry.
+    pub(crate) fn pin(&self, index: BatIndex, rules: &BatRules, view: &View) -> Result<BatEntry> {
+        let entry = self.entry(index, rules, view)?;
+        let slot = self.slot(page_of(index))?;
+        if slot.page.get().is_none() {
+            slot.page.get_or_init(empty_page);
+        }
+        Ok(entry)
     }
 
     /// Changes an entry whose page is pinned. The caller holds the writer's lock. Gives the page's number.
     pub(crate) fn set(&self, index: BatIndex, entry: BatEntry) -> Result<u64> {
         let number = page_of(index);
-        let page = self.slot(number)?.page.get();
-        let Some(cell) = page.and_then(|page| cell(page, index)) else {
+        let slot = self.slot(number)?;
+        let Some(cell) = slot.page.get().and_then(|page| cell(page, index)) else {
             return Err(Error::new(ErrorKind::InvalidArgument, format!("BAT page {number} is not in memory")));
         };
-        self.changed_pages().insert(number);
-        self.has_changes.store(true, Ordering::Release);
+        if !slot.is_changed.load(Ordering::Relaxed) {
+            self.changed_pages().insert(number);
+            self.has_changes.store(true, Ordering::Release);
+            slot.is_changed.store(true, Ordering::Relaxed);
+        }
         cell.store(entry.0, Ordering::SeqCst);
         Ok(number)
     }

@@ -73,14 +73,17 @@ impl Commit {
         }
     }
 
-    /// Makes room in the log for the first entries of a session.
-    pub(super) fn prepare_ring(&mut self, storage: &Arc<dyn Storage>) -> Result<()> {
-        if self.spare_ring.is_none() {
-            let mut ring = LogRing::new(self.headers.current());
-            ring.prepare(storage, pages_max(self.headers.current().log_length))?;
-            self.spare_ring = Some(ring);
+    /// Makes room in the log for so many pages in the next entry, and some to spare. Gives how many it is enough for.
+    pub(super) fn make_room(&mut self, storage: &Arc<dyn Storage>, pages: u64) -> Result<u64> {
+        let header = self.headers.current();
+        let ring = match &mut self.ring {
+            Some(ring) => ring,
+            None => self.spare_ring.get_or_insert_with(|| LogRing::new(header)),
+        };
+        if ring.room() < pages {
+            ring.prepare(storage, pages.next_power_of_two().min(pages_max(header.log_length)))?;
         }
-        Ok(())
+        Ok(ring.room())
     }
 }
 
@@ -172,9 +175,13 @@ impl Shared {
             return Ok(());
         }
         match self.write_home(writer, commit, pages) {
-            Err(error) if !is_full(&error) => Err(error),
-            _ => Ok(()), // what found no room is in the log, and is tried again
+            Err(error) if !is_full(&error) => return Err(error),
+            _ => {} // what found no room is in the log, and is tried again
         }
+        // Operations under way had room where the entry stands now. When none is found for them here, the commit that needs
+        // it says so.
+        let _ = self.make_room(writer, commit);
+        Ok(())
     }
 
     /// Makes the payload of what was taken durable, and opens the log if it is needed.
@@ -253,8 +260,7 @@ impl Shared {
 
     /// What a commit took needs no room in the next entry any more, or counts as dirty again.
     fn let_go(&self, writer: &Writer, taken: &Taken) {
-        let keys: Vec<PageKey> = taken.pages.iter().map(|page| page.key).collect();
-        writer.unreserve(&keys);
+        writer.unreserve(taken.pages.iter().map(|page| page.key));
     }
 
     /// Appends an entry and makes it durable.
@@ -263,6 +269,7 @@ impl Shared {
             return Err(Error::new(ErrorKind::InvalidArgument, "there is no log to write to"));
         };
         let logged = self.log_into(writer, commit, &mut ring, taken);
+        writer.set_room(ring.room());
         commit.ring = Some(ring);
         logged
     }
@@ -370,9 +377,8 @@ impl Shared {
         for range in std::mem::take(&mut commit.cooled) {
             // It is stale whether or not the file system took it back.
             let _ = self.storage().punch_hole(range.clone());
-            let mut meta = writer.meta();
-            give_back(&mut meta, &range);
-            meta.waiting_bytes = meta.waiting_bytes.saturating_sub(range.end - range.start);
+            give_back(&mut writer.meta(), &range);
+            writer.given_back(&range);
         }
         writer.wake(writer.meta());
     }
@@ -388,7 +394,7 @@ impl Shared {
     /// Begins a log session: an entry first, then the GUID that points to it (W-021).
     fn open_log(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
         let _phase = enter(Phase::Start);
-        commit.prepare_ring(self.storage())?;
+        commit.make_room(self.storage(), 1)?;
         let mut ring = commit.spare_ring.take().unwrap_or_else(|| LogRing::new(commit.headers.current()));
         let last = writer.meta().space.high();
         commit.first_last_offset = last;

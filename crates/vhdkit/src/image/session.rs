@@ -40,7 +40,7 @@ impl Shared {
         }
         if !writer.started.load(Ordering::SeqCst) {
             self.start_locked(writer, &mut commit, Visible::Yes)?;
-            commit.prepare_ring(self.storage())?;
+            writer.set_room(commit.make_room(self.storage(), 1)?);
             writer.started.store(true, Ordering::SeqCst);
             writer.set_ready(writer.mode() == Mode::Writable);
         }

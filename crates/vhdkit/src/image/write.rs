@@ -113,7 +113,8 @@ impl Shared {
         if !self.start(writer, wait)? {
             return Ok(false);
         }
-        {
+        // A look first: most that come here are not mapped, and need no gate to find that out.
+        if self.mapped(&range)?.is_some() {
             let _inside = self.gate.enter();
             if self.put_mapped(payload, range.start)? {
                 return Ok(true);
@@ -148,7 +149,8 @@ impl Shared {
     }
 
     fn put_by_change(&self, writer: &Writer, payload: Payload<'_>, range: &Range<u64>, wait: Wait) -> Result<bool> {
-        let Some(change) = self.begin(writer, range, wait)? else { return Ok(false) };
+        // It was looked up just before, and was not mapped.
+        let Some(change) = self.begin_as(writer, range, false, wait)? else { return Ok(false) };
         match self.put(payload, change.file_offset) {
             Ok(()) => self.finish_or_undo(writer, change).map(|()| true),
             Err(error) => {
