@@ -1,6 +1,13 @@
 //! The log of a fresh file is a hole until entries reach it. Room for an entry is made when the pages that it will hold are
 //! reserved, so that a full file system fails the request that needs more room, and not the commit.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "test code"
+)]
 #![allow(dead_code, reason = "every test file uses a part of the shared modules")]
 
 mod write_support;
