@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::view::View;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::bat::{BatEntry, BatRules};
+use crate::format::bat::{BITMAP_PRESENT, BatEntry, BatRules};
 use crate::format::finding::Finding;
 use crate::format::geometry::BatSlot;
 use crate::units::{BatIndex, BlockIndex, ChunkIndex, FileOffset};
@@ -69,9 +69,9 @@ impl BatCache {
         self.entry(rules.geometry.payload_index(block), rules, view)
     }
 
-    /// The entry of a chunk's sector bitmap.
+    /// The entry of a chunk's sector bitmap; zero when that is not present, whatever offset its entry has.
     pub(crate) fn bitmap(&self, chunk: ChunkIndex, rules: &BatRules, view: &View) -> Result<BatEntry> {
-        self.entry(rules.geometry.bitmap_index(chunk), rules, view)
+        Ok(present_bitmap(self.entry(rules.geometry.bitmap_index(chunk), rules, view)?))
     }
 
     /// The entry at an index.
@@ -128,7 +128,9 @@ impl BatCache {
         for (number, (to, raw)) in (first..).zip(entries.iter().zip(raw).take(used)) {
             let entry = BatEntry(u64::from_le_bytes(*raw));
             let usable = judge(BatIndex(number), entry, rules).is_ok();
-            to.store(if usable { entry.0 } else { UNUSABLE }, Ordering::Relaxed);
+            let meaningless = usable && entry.0 == UNUSABLE; // only behind the disk
+            let kept = if meaningless { 0 } else { entry.0 };
+            to.store(if usable { kept } else { UNUSABLE }, Ordering::Relaxed);
         }
         Ok(Some(slot.page.get_or_init(|| entries)))
     }
@@ -222,9 +224,16 @@ fn empty_page() -> Box<Page> {
     Box::new([const { AtomicU64::new(0) }; PAGE_ENTRIES])
 }
 
-/// Judges an entry by its place.
+/// A sector bitmap's entry, zero unless its state says that it is present.
+pub(crate) fn present_bitmap(entry: BatEntry) -> BatEntry {
+    if entry.state_number() == BITMAP_PRESENT { entry } else { BatEntry(0) }
+}
+
+/// Judges an entry by its place. Those behind the last block of the disk (a differencing disk has some) mean nothing, and are
+/// left as they are.
 pub(crate) fn judge(index: BatIndex, entry: BatEntry, rules: &BatRules) -> Result<Option<Finding>, Finding> {
     match rules.geometry.slot(index) {
+        BatSlot::Payload(block) if block.0 >= rules.geometry.payload_blocks() => Ok(None),
         BatSlot::Payload(block) => {
             if rules.is_plain(entry) {
                 Ok(None)

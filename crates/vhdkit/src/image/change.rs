@@ -17,12 +17,12 @@ use std::sync::PoisonError;
 use super::Shared;
 use super::bat::{bitmap_page_offset, page_of};
 use super::bitmap::{BitmapKey, PAGE_BITS, bit_run, set_bits};
-use super::commit::Commit;
+use super::commit::{Commit, is_full};
 use super::simulation::{BrokenRule, Phase, enter};
 use super::space::{Given, Holds};
 use super::tokens::{Hold, Wait};
 use super::writer::{Keys, Meta, NewBitmap, PageKey, Reserved, Writer};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat::{BITMAP_PRESENT, BatEntry, PayloadState};
 use crate::format::geometry::BITMAP_BLOCK_BYTES;
 use crate::units::{BatIndex, BlockIndex, ChunkIndex, FileOffset, GuestOffset, MIB, round_up};
@@ -203,6 +203,16 @@ impl Shared {
         Ok(())
     }
 
+    /// Does something once more when there was no room for it, and freed space has become room.
+    pub(super) fn with_room<T>(&self, writer: &Writer, wait: Wait, attempt: impl Fn() -> Result<T>) -> Result<T> {
+        let error = match attempt() {
+            Err(error) if is_full(&error) && writer.waiting_bytes() > 0 => error,
+            other => return other,
+        };
+        let settled = writer.lock_commit(wait).is_some_and(|mut commit| self.settle(writer, &mut commit).is_ok());
+        if settled { attempt() } else { Err(error) } // the first error is the one to tell
+    }
+
     /// Begins to change the mapping of a range inside one block, so that it can be written. The session has started, and
     /// the operation is counted. `None` when that means waiting and the caller must not.
     pub(super) fn begin(&self, writer: &Writer, range: &Range<u64>, wait: Wait) -> Result<Option<Change>> {
@@ -219,6 +229,7 @@ impl Shared {
         wait: Wait,
     ) -> Result<Option<Change>> {
         let block = self.top().geometry().block_of(GuestOffset(range.start));
+        writer.fail_if_poisoned()?;
         loop {
             if is_mapped {
                 if !writer.tokens.acquire(block, Hold::Use, wait) {
@@ -494,10 +505,24 @@ impl Shared {
             Err(_) if least < step => self.storage().set_len(least).map(|()| least),
             other => other.map(|()| least.max(step)),
         };
-        let new = grown.map_err(|error| Error::io(format!("cannot make the file {least:#x} bytes long"), error))?;
+        let failed = |error: std::io::Error| {
+            // A block device that is too small is as full as a file system can be.
+            let full = error.kind() == std::io::ErrorKind::InvalidInput;
+            let error = if full { std::io::Error::new(std::io::ErrorKind::StorageFull, error) } else { error };
+            Error::io(format!("cannot make the file {least:#x} bytes long"), error)
+        };
+        let (new, zero) = match &grown {
+            Ok(new) => (*new, self.storage().growth_reads_zero()),
+            // It may have happened all the same.
+            Err(_) => (self.storage().len().unwrap_or(length), false),
+        };
+        if new < length {
+            let what = format!("the file had {length:#x} bytes and has {new:#x} now: somebody else cuts it");
+            return Err(writer.poison(Error::new(ErrorKind::Locked, what)));
+        }
         self.view().set_size(new);
-        writer.meta().space.grown(new, self.storage().growth_reads_zero());
-        Ok(true)
+        writer.meta().space.grown(new, zero);
+        grown.map_err(failed).map(|_| true)
     }
 
     /// Publishes a change: readers and the next commit see it. Does no I/O.

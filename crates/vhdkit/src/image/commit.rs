@@ -20,6 +20,7 @@ use std::time::Duration;
 use super::Shared;
 use super::bat::bitmap_page_offset;
 use super::flushes::Turn;
+use super::gate::Moment;
 use super::headers::HeaderPair;
 use super::ring::{LogRing, pages_max};
 use super::simulation::{BrokenRule, Phase, enter};
@@ -33,6 +34,8 @@ use crate::units::MIB;
 
 /// How long a commit waits for reads and writes that may still use freed space, before it leaves that for the next.
 const QUIET_WAIT: Duration = Duration::from_micros(200);
+/// The same for who needs that space now.
+const SETTLE_WAIT: Duration = Duration::from_millis(20);
 /// Pages written home at once.
 const HOME_RUN_MAX: usize = 64;
 
@@ -50,6 +53,8 @@ pub(super) struct Commit {
     cooling: Vec<Range<u64>>,
     /// Freed, and home for certain.
     cooled: Vec<Range<u64>>,
+    /// The same; whoever may have seen the old mapping was inside at that moment.
+    leaving: Option<(Moment, Vec<Range<u64>>)>,
     /// The file length that is known to be durable.
     durable_length: u64,
     /// Flushes up to this ticket are satisfied.
@@ -67,6 +72,7 @@ impl Commit {
             unhomed: BTreeMap::new(),
             cooling: Vec::new(),
             cooled: Vec::new(),
+            leaving: None,
             durable_length: 0,
             done_ticket: 0,
             first_last_offset: 0,
@@ -152,7 +158,7 @@ impl Shared {
         if late {
             self.write_home(writer, commit, Vec::new())?;
         }
-        self.retire(writer, commit);
+        self.retire(writer, commit, QUIET_WAIT);
         if taken.pages.is_empty() {
             commit.done_ticket = taken.ticket;
             return Ok(());
@@ -368,13 +374,27 @@ impl Shared {
         }
     }
 
-    /// Gives freed space back whose unmapping is home for certain, unless somebody may still use it.
-    pub(super) fn retire(&self, writer: &Writer, commit: &mut Commit) {
-        if commit.cooled.is_empty() || !self.gate.is_quiet(QUIET_WAIT) {
-            return;
+    /// Gives freed space back whose unmapping is home for certain, unless somebody may still use it: then the next commit
+    /// looks again.
+    pub(super) fn retire(&self, writer: &Writer, commit: &mut Commit, wait: Duration) {
+        // What has waited since an earlier commit first; then what is new.
+        for _ in 0..2 {
+            let (moment, ranges) = match commit.leaving.take() {
+                Some(leaving) => leaving,
+                None if commit.cooled.is_empty() => return,
+                None => (self.gate.moment(), std::mem::take(&mut commit.cooled)),
+            };
+            if !self.gate.has_passed_within(moment, wait) {
+                commit.leaving = Some((moment, ranges));
+                return;
+            }
+            self.give_ranges_back(writer, ranges);
         }
+    }
+
+    fn give_ranges_back(&self, writer: &Writer, ranges: Vec<Range<u64>>) {
         let _phase = enter(Phase::Retire);
-        for range in std::mem::take(&mut commit.cooled) {
+        for range in ranges {
             // It is stale whether or not the file system took it back.
             let _ = self.storage().punch_hole(range.clone());
             give_back(&mut writer.meta(), &range);
@@ -387,7 +407,7 @@ impl Shared {
     pub(super) fn settle(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
         self.commit(writer, commit)?;
         self.sync(writer, commit)?;
-        self.retire(writer, commit);
+        self.retire(writer, commit, SETTLE_WAIT);
         Ok(())
     }
 

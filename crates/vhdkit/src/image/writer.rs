@@ -10,7 +10,7 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -209,6 +209,35 @@ pub(super) struct Writer {
     pub(super) broken: Option<BrokenRule>,
 }
 
+/// The commit lock while it is held. What a commit was about to do when it panics is lost with it, so that ends all writing.
+#[derive(Debug)]
+pub(super) struct CommitGuard<'a> {
+    writer: &'a Writer,
+    guard: MutexGuard<'a, Commit>,
+}
+
+impl Deref for CommitGuard<'_> {
+    type Target = Commit;
+
+    fn deref(&self) -> &Commit {
+        &self.guard
+    }
+}
+
+impl DerefMut for CommitGuard<'_> {
+    fn deref_mut(&mut self) -> &mut Commit {
+        &mut self.guard
+    }
+}
+
+impl Drop for CommitGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.writer.poison(Error::new(ErrorKind::Poisoned, "a panic in the middle of a commit"));
+        }
+    }
+}
+
 /// Counts an operation while it lasts.
 #[derive(Debug)]
 pub(super) struct Active<'a>(&'a Writer);
@@ -272,15 +301,16 @@ impl Writer {
     }
 
     /// The commit lock; `None` when it is busy and the caller does not wait.
-    pub(super) fn lock_commit(&self, wait: Wait) -> Option<MutexGuard<'_, Commit>> {
-        match wait {
-            Wait::Yes => Some(self.commit.lock().unwrap_or_else(PoisonError::into_inner)),
+    pub(super) fn lock_commit(&self, wait: Wait) -> Option<CommitGuard<'_>> {
+        let guard = match wait {
+            Wait::Yes => self.commit.lock().unwrap_or_else(PoisonError::into_inner),
             Wait::No => match self.commit.try_lock() {
-                Ok(commit) => Some(commit),
-                Err(std::sync::TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-                Err(std::sync::TryLockError::WouldBlock) => None,
+                Ok(commit) => commit,
+                Err(std::sync::TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(std::sync::TryLockError::WouldBlock) => return None,
             },
-        }
+        };
+        Some(CommitGuard { writer: self, guard })
     }
 
     pub(super) fn mode(&self) -> Mode {
@@ -314,6 +344,8 @@ impl Writer {
     pub(super) fn poison(&self, error: Error) -> Error {
         let _ = self.poison.set(error.to_string()); // the first failure is the one to tell
         self.ready.store(false, Ordering::SeqCst);
+        drop(self.meta()); // who looked before this waits by now
+        self.meta_changed.notify_all(); // for pages, in vain
         error.with_hint(
             "the image writes nothing any more; what was flushed before is safe, and opening it again replays its log",
         )
@@ -331,6 +363,11 @@ impl Writer {
         if self.is_poisoned() {
             self.ready.store(false, Ordering::SeqCst);
         }
+    }
+
+    /// The same as an error to return.
+    pub(super) fn fail_if_poisoned(&self) -> Result<()> {
+        self.poisoned().map_or(Ok(()), Err)
     }
 
     pub(super) fn is_poisoned(&self) -> bool {
@@ -422,8 +459,8 @@ impl Writer {
                 let enough = meta.page_count() as u64 <= self.room.load(Ordering::SeqCst);
                 return if enough { Reserved::Yes } else { Reserved::WithoutRoom };
             }
-            if meta.has_dirty() {
-                return Reserved::Full;
+            if meta.has_dirty() || self.is_poisoned() {
+                return Reserved::Full; // the commit says what is wrong
             }
             if wait == Wait::No {
                 return Reserved::Busy;
