@@ -130,18 +130,18 @@ fn is_full(error: &Error) -> bool {
 fn a_request_that_finds_no_room_in_the_log_fails_alone() {
     for with_parent in [false, true] {
         let mut disk = Disk::new(with_parent);
-        disk.fail_room(2 * MIB..3 * MIB, 1);
+        // Twice: when freed space is waiting, the first time is made up for.
+        disk.fail_room(2 * MIB..3 * MIB, 2);
         let mut failed = 0;
         for round in 0..12 {
             for block in 0..60 {
                 // Another page of the BAT each, and another one of the bitmaps.
                 let first = (block * 1000 + round) * BLOCK + 8;
-                if let Err(error) = disk.write(first, 4) {
+                while let Err(error) = disk.write(first, 4) {
                     assert!(is_full(&error), "{error}");
                     assert!(error.message().starts_with("cannot make room in the log"), "{error}");
                     failed += 1;
                     disk.look();
-                    disk.write(first, 4).unwrap();
                 }
             }
             // A discard goes the same way: its space must not be lost, nor be free too early.
@@ -151,7 +151,7 @@ fn a_request_that_finds_no_room_in_the_log_fails_alone() {
             disk.history.finish(ticket);
             disk.flush().unwrap();
         }
-        assert_eq!(failed, 1);
+        assert!(matches!(failed, 1 | 2), "{failed}");
         disk.end();
     }
 }

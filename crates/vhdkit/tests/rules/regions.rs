@@ -225,7 +225,13 @@ fn ends() -> Vec<Row> {
                 // Behind everything else, so that it overlaps nothing.
                 added(RegionSpec::at(Guid::seeded(UNKNOWN), offset.max(64 * MIB), length, 0))
             },
-            warned(Code::RegionOptionalOutsideFile).also(&[Code::RegionUnknown]),
+            // Where a file could ever reach it, blocks would be put there.
+            warned(Code::RegionOptionalOutsideFile).also(&[Code::RegionUnknown]).with(|levels| {
+                if offset != end {
+                    let stop = Refuses(Truncated, Some(Code::RegionOptionalOutsideFile));
+                    levels.iter_mut().for_each(|level| level.write = stop);
+                }
+            }),
         ));
     }
     rows.push(row(
