@@ -6,7 +6,7 @@ use vhdkit_testkit::spec::{Checksum, RegionSpec, RegionTableSpec};
 use vhdkit_testkit::{Guid, ImageBuilder};
 
 use crate::table::{
-    Expect, MIB, Made, NOTE, Row, WARNING, accepted, dynamic, entry_refused, noted, refused, row, warned,
+    Expect, MIB, Made, NOTE, Refuses, Row, WARNING, accepted, dynamic, entry_refused, noted, refused, row, warned,
 };
 
 const UNKNOWN: u64 = 0x756E;
