@@ -1,4 +1,4 @@
-//! Every rule of the order of writes, broken on purpose: the simulator has to find the loss within 10,000 images.
+//! Every rule of the order of writes, broken on purpose: the simulator has to find the loss within 10,000 states.
 
 use vhdkit::image::simulation::BrokenRule;
 use vhdkit_testkit::dirty::edit_header;
@@ -9,29 +9,31 @@ use vhdkit_testkit::{BlockSpec, BuiltImage, Content, DescriptorSpec, Guid, Image
 use crate::bases::{Base, Kind, base, long_headers};
 use crate::world::{Style, World};
 
-/// Images that may be looked at before a broken rule has to be found.
-const IMAGES_MAX: u64 = 10_000;
+/// States that may be made, equal ones counted, before a broken rule has to be found.
+const STATES_MAX: u64 = 10_000;
 
 fn found(rule: BrokenRule, make: impl Fn(&mut Rng) -> Base + Sync, style: Style) {
     // What needs an unlikely order of steps is found by many programs rather than by many states of a few.
     let few = style.nested_percent >= 50;
     let sampling =
-        if few { Sampling { exhaustive_ops: 1, random: 1 } } else { Sampling { exhaustive_ops: 4, random: 20 } };
+        if few { Sampling { exhaustive_ops: 1, random: 2 } } else { Sampling { exhaustive_ops: 3, random: 8 } };
     let style = Style { broken: Some(rule), ..style };
     let program = |rng: &mut Rng, lab: &Lab| {
         let base = make(rng);
         World::start(lab, rng, base, style)?.run(rng)
     };
-    let campaign = Campaign { distinct_max: Some(IMAGES_MAX), sampling, ..Campaign::default() };
+    let per_operation = if few { 1 } else { 3 };
+    let campaign = Campaign { states_max: Some(STATES_MAX), sampling, per_operation, ..Campaign::default() };
     let report = campaign.run(&program);
+    let total = report.total();
     let Some(violation) = &report.violation else {
-        panic!("{rule:?} was broken, and nothing was found in {} images\n{report}", report.total().distinct);
+        panic!("{rule:?} was broken, and nothing was found in {} states\n{report}", total.states);
     };
-    println!("{rule:?}: found after {} images: {}", report.total().distinct, violation.message);
+    println!("{rule:?}: found after {} states, {} images: {}", total.states, total.distinct, violation.message);
+    assert!(total.states <= STATES_MAX, "{rule:?} was found only after {} states\n{report}", total.states);
 }
 
-const STYLE: Style =
-    Style { steps: 40, nested_percent: 20, nested_in_commits: false, replay_percent: 10, second_cuts: 1, broken: None };
+const STYLE: Style = Style { replay_percent: 10, ..Style::PLAIN };
 
 macro_rules! broken {
     ($($name:ident: $rule:ident in $kind:expr;)*) => {
@@ -61,10 +63,11 @@ broken! {
     a_part_of_a_block_in_stale_space: StaleSpace in Kind::Dynamic;
     pages_made_from_the_file: PageFromDisk in Kind::Dynamic;
     one_commit_in_two_entries: SplitEntry in Kind::Child;
+    a_file_write_guid_that_stays: FileGuidKept in Kind::Dynamic;
 }
 
 /// Where it takes something else in the middle of a commit.
-const NESTED: Style = Style { nested_percent: 60, nested_in_commits: true, ..STYLE };
+const NESTED: Style = Style { nested_percent: 60, nested_in_commits: true, chain_percent: 5, ..STYLE };
 
 #[test]
 fn retiring_frees_that_came_after_the_take() {
@@ -75,6 +78,22 @@ fn retiring_frees_that_came_after_the_take() {
 fn home_writes_of_a_later_moment() {
     // Two blocks whose bits stand in different pages of the bitmap.
     found(BrokenRule::HomeFromMemory, |rng| Base { blocks: vec![0, 18], ..base(rng, Kind::Child) }, NESTED);
+}
+
+/// Where it takes others to give a block up, and its space to be used again, in the middle of one operation.
+const CHAINED: Style = Style { nested_percent: 50, chain_percent: 80, ..STYLE };
+
+#[test]
+fn space_given_out_while_somebody_may_still_use_it() {
+    found(BrokenRule::GateIgnored, |rng| base(rng, Kind::Dynamic), CHAINED);
+}
+
+/// Where flushes meet.
+const BESIDE: Style = Style { follow_percent: 100, nested_percent: 50, ..STYLE };
+
+#[test]
+fn satisfying_a_flush_that_came_after_the_take() {
+    found(BrokenRule::FlushJoined, |rng| base(rng, Kind::Dynamic), BESIDE);
 }
 
 #[test]
@@ -88,9 +107,19 @@ fn a_flushed_file_offset_that_runs_ahead() {
     found(BrokenRule::FlushedOffsetAhead, |rng| base(rng, Kind::Dynamic), NESTED);
 }
 
+/// A dynamic disk with free space that holds what somebody deleted long ago: a payload that is lost there shows.
+fn with_junk(rng: &mut Rng) -> Base {
+    loop {
+        let base = base(rng, Kind::Dynamic);
+        if base.image.file.read(5 << 20, 1) == [0x5a] {
+            return base;
+        }
+    }
+}
+
 #[test]
 fn taking_after_the_sync() {
-    found(BrokenRule::TakeAfterSync, |rng| base(rng, Kind::Dynamic), NESTED);
+    found(BrokenRule::TakeAfterSync, with_junk, NESTED);
 }
 
 #[test]
