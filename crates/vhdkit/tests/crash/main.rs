@@ -45,7 +45,7 @@ const OFTEN: [(&str, u64); 6] = [
     ("dirty logs replayed in place", 10),
     ("second cuts while replaying", 10),
     ("reads by plans that were held", 2000),
-    ("flushes that came in the middle of another", 5_000),
+    ("flushes that came in the middle of another", 6_000),
 ];
 
 /// What to type to see a violation again.
@@ -55,7 +55,8 @@ fn see_again(violation: &Violation) -> Option<String> {
     Some(format!("{variable} cargo test --release -p vhdkit --test crash -- again --ignored --exact --nocapture"))
 }
 
-/// Nothing was found, at least one image in a hundred lies in each phase, and at least half of them inside of a commit.
+/// Nothing was found, every phase was met, the short ones too (home and retire: one image in a hundred each), and at
+/// least half of the images lie inside of a commit.
 fn expect_much(report: &Report) {
     println!("{report}");
     if let Some(again) = report.violation.as_ref().and_then(see_again) {
@@ -65,7 +66,8 @@ fn expect_much(report: &Report) {
     let total = report.total().distinct;
     for phase in ["start", "payload", "log", "home", "retire", "replay", "close"] {
         let images = report.distinct_in(&[phase]);
-        assert!(images * 100 >= total, "only {images} images in phase {phase}\n{report}");
+        let least = if ["home", "retire"].contains(&phase) { total.div_ceil(100) } else { 1 };
+        assert!(images >= least, "only {images} images in phase {phase}\n{report}");
     }
     for (what, least) in OFTEN {
         let count = report.tallied(what);
