@@ -607,57 +607,6 @@ fn a_full_disk_loses_nothing_and_goes_on_when_there_is_room() {
     }
 }
 
-/// A long log is a hole until entries reach it. When its next part finds no room, what the commit took is dirty again and
-/// goes with the next one.
-#[test]
-fn a_commit_that_finds_no_room_in_the_log_is_made_up_for() {
-    for with_parent in [false, true] {
-        let base = Arc::new(ImageBuilder::new(MIB, 1 << 20).pattern_block(0, 1).named("base.vhdx").build());
-        let builder = ImageBuilder::new(64 << 30, 1 << 20).with(|builder| builder.log_length = 3 << 20);
-        let top = if with_parent { builder.differencing(&base) } else { builder }.build();
-        let log = top.layout.log;
-        let scene = Scene::new("long log", top, None, Vec::new());
-        let mut run = Run::new(&scene, format!("long log, {with_parent}"));
-        let (weak, armed) = (Arc::downgrade(&run.sim), Arc::new(std::sync::atomic::AtomicU64::new(0)));
-        let count = Arc::clone(&armed);
-        run.sim.set_hook(Some(Arc::new(move |info| {
-            // What a session's first entries need is made real when it starts.
-            let hole = info.range.start >= log + 2 * MIB && info.range.start < log + 3 * MIB;
-            let zeros = info.range.end - info.range.start == MIB;
-            if info.kind == OpKind::Write
-                && hole
-                && zeros
-                && count.fetch_add(1, std::sync::atomic::Ordering::SeqCst) == 0
-            {
-                let fault = vhdkit_testkit::sim::Fault::nth(1, vhdkit_testkit::sim::FaultError::ENOSPC);
-                weak.upgrade().unwrap().set_fault(Some(fault.only(&[OpKind::Write])));
-            }
-        })));
-        let mut failed = 0;
-        for round in 0..12 {
-            for block in 0..60 {
-                // Another page of the BAT each, and another one of the bitmaps.
-                run.step(&Write((block * 1000 + round) * M + 8, 4)).unwrap();
-            }
-            // A discard goes the same way: its space must not be lost, nor be free too early.
-            run.step(&Discard((round * 1000 + round) * M..(round * 1000 + round + 1) * M)).unwrap();
-            if let Err(error) = run.step(&Flush) {
-                let kind = error.io_error().map(std::io::Error::kind);
-                assert_eq!(kind, Some(std::io::ErrorKind::StorageFull), "{error}");
-                run.look();
-                run.step(&Flush).unwrap();
-                run.verify(3);
-                failed += 1;
-            }
-        }
-        assert_eq!(failed, 1);
-        run.look();
-        run.image = None;
-        run.verify(0);
-        run.go_on();
-    }
-}
-
 /// A sync that fails and takes with it what it should have made durable; the next one would say that all is well.
 #[test]
 fn a_failed_sync_is_never_tried_again() {

@@ -77,7 +77,7 @@ struct Options {
 }
 
 fn parse(arguments: &[String]) -> Outcome<Options> {
-    let mut options = Options { rounds: 7, write: None, directory: std::env::temp_dir(), filters: Vec::new() };
+    let mut options = Options { rounds: 9, write: None, directory: std::env::temp_dir(), filters: Vec::new() };
     let mut words = arguments.iter();
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or_else(|| format!("{word} needs a value"));

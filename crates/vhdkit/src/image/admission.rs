@@ -11,6 +11,7 @@ use super::writer::Writer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::finding::{Code, FailFast, Findings, Location, Strictness};
 use crate::format::metadata::DiskType;
+use crate::format::space::TakenRange;
 
 /// What the caller allows.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +45,16 @@ pub(super) fn admit(layer: &Layer, admission: &Admission) -> Result<Writer> {
         return Err(
             Error::new(ErrorKind::Truncated, what).with_hint("copy the image to a file or a larger device first")
         );
+    }
+    let reaches_past = |taken: &&TakenRange| taken.range.end > layer.view().size();
+    if let Some(region) = layer.rules().taken.ranges().iter().find(reaches_past) {
+        let detail = format!(
+            "the {} at {:#x} reaches past the end of the file ({:#x}): writing would put blocks there",
+            region.name,
+            region.range.start,
+            layer.view().size()
+        );
+        return Err(findings.fatal(Code::RegionOptionalOutsideFile, Location::of("region table"), detail));
     }
     let (_, marks) = scan_marks(layer, &mut findings, &mut |_, _| Ok(()))?;
     let space = Space::new(marks, layer.view().size(), layer.geometry().block_size());

@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::view::View;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::bat::{BatEntry, BatRules};
+use crate::format::bat::{BITMAP_PRESENT, BatEntry, BatRules};
 use crate::format::finding::Finding;
 use crate::format::geometry::BatSlot;
 use crate::units::{BatIndex, BlockIndex, ChunkIndex, FileOffset};
@@ -37,6 +37,8 @@ struct PageSlot {
     page: OnceLock<Box<Page>>,
     /// True when the page was read and is zero throughout, as in a hole of the file. `page` goes first.
     is_zero: AtomicBool,
+    /// True once the page stands in `changed`.
+    is_changed: AtomicBool,
 }
 
 /// The BAT of one layer.
@@ -67,9 +69,9 @@ impl BatCache {
         self.entry(rules.geometry.payload_index(block), rules, view)
     }
 
-    /// The entry of a chunk's sector bitmap.
+    /// The entry of a chunk's sector bitmap; zero when that is not present, whatever offset its entry has.
     pub(crate) fn bitmap(&self, chunk: ChunkIndex, rules: &BatRules, view: &View) -> Result<BatEntry> {
-        self.entry(rules.geometry.bitmap_index(chunk), rules, view)
+        Ok(present_bitmap(self.entry(rules.geometry.bitmap_index(chunk), rules, view)?))
     }
 
     /// The entry at an index.
@@ -126,7 +128,9 @@ impl BatCache {
         for (number, (to, raw)) in (first..).zip(entries.iter().zip(raw).take(used)) {
             let entry = BatEntry(u64::from_le_bytes(*raw));
             let usable = judge(BatIndex(number), entry, rules).is_ok();
-            to.store(if usable { entry.0 } else { UNUSABLE }, Ordering::Relaxed);
+            let meaningless = usable && entry.0 == UNUSABLE; // only behind the disk
+            let kept = if meaningless { 0 } else { entry.0 };
+            to.store(if usable { kept } else { UNUSABLE }, Ordering::Relaxed);
         }
         Ok(Some(slot.page.get_or_init(|| entries)))
     }
@@ -147,22 +151,28 @@ impl BatCache {
         }
     }
 
-    /// Makes sure that an entry's page is in memory and can be changed without I/O from now on.
-    pub(crate) fn pin(&self, index: BatIndex, rules: &BatRules, view: &View) -> Result<()> {
-        self.entry(index, rules, view)?;
-        self.slot(page_of(index))?.page.get_or_init(empty_page);
-        Ok(())
+    /// Makes sure that an entry's page is in memory and can be changed without I/O from now on. Gives the entry.
+    pub(crate) fn pin(&self, index: BatIndex, rules: &BatRules, view: &View) -> Result<BatEntry> {
+        let entry = self.entry(index, rules, view)?;
+        let slot = self.slot(page_of(index))?;
+        if slot.page.get().is_none() {
+            slot.page.get_or_init(empty_page);
+        }
+        Ok(entry)
     }
 
     /// Changes an entry whose page is pinned. The caller holds the writer's lock. Gives the page's number.
     pub(crate) fn set(&self, index: BatIndex, entry: BatEntry) -> Result<u64> {
         let number = page_of(index);
-        let page = self.slot(number)?.page.get();
-        let Some(cell) = page.and_then(|page| cell(page, index)) else {
+        let slot = self.slot(number)?;
+        let Some(cell) = slot.page.get().and_then(|page| cell(page, index)) else {
             return Err(Error::new(ErrorKind::InvalidArgument, format!("BAT page {number} is not in memory")));
         };
-        self.changed_pages().insert(number);
-        self.has_changes.store(true, Ordering::Release);
+        if !slot.is_changed.load(Ordering::Relaxed) {
+            self.changed_pages().insert(number);
+            self.has_changes.store(true, Ordering::Release);
+            slot.is_changed.store(true, Ordering::Relaxed);
+        }
         cell.store(entry.0, Ordering::SeqCst);
         Ok(number)
     }
@@ -214,9 +224,16 @@ fn empty_page() -> Box<Page> {
     Box::new([const { AtomicU64::new(0) }; PAGE_ENTRIES])
 }
 
-/// Judges an entry by its place.
+/// A sector bitmap's entry, zero unless its state says that it is present.
+pub(crate) fn present_bitmap(entry: BatEntry) -> BatEntry {
+    if entry.state_number() == BITMAP_PRESENT { entry } else { BatEntry(0) }
+}
+
+/// Judges an entry by its place. Those behind the last block of the disk (a differencing disk has some) mean nothing, and are
+/// left as they are.
 pub(crate) fn judge(index: BatIndex, entry: BatEntry, rules: &BatRules) -> Result<Option<Finding>, Finding> {
     match rules.geometry.slot(index) {
+        BatSlot::Payload(block) if block.0 >= rules.geometry.payload_blocks() => Ok(None),
         BatSlot::Payload(block) => {
             if rules.is_plain(entry) {
                 Ok(None)

@@ -17,11 +17,12 @@ use std::sync::PoisonError;
 use super::Shared;
 use super::bat::{bitmap_page_offset, page_of};
 use super::bitmap::{BitmapKey, PAGE_BITS, bit_run, set_bits};
+use super::commit::{Commit, is_full};
 use super::simulation::{BrokenRule, Phase, enter};
 use super::space::{Given, Holds};
 use super::tokens::{Hold, Wait};
-use super::writer::{Meta, NewBitmap, PageKey, Writer};
-use crate::error::{Error, Result};
+use super::writer::{Keys, Meta, NewBitmap, PageKey, Reserved, Writer};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat::{BITMAP_PRESENT, BatEntry, PayloadState};
 use crate::format::geometry::BITMAP_BLOCK_BYTES;
 use crate::units::{BatIndex, BlockIndex, ChunkIndex, FileOffset, GuestOffset, MIB, round_up};
@@ -51,7 +52,8 @@ pub(super) struct Change {
     pub(super) file_offset: u64,
     kind: Kind,
     hold: Hold,
-    keys: Vec<PageKey>,
+    /// Pages of the next entry that are reserved for it; none where nothing will change.
+    keys: Option<Keys>,
     /// Bitmap pages that are pinned.
     pins: Vec<BitmapKey>,
     /// The chunk whose new sector bitmap this change uses.
@@ -61,12 +63,17 @@ pub(super) struct Change {
 impl Change {
     /// A change that changes nothing yet: the range is mapped, or is about to be prepared.
     fn new(block: BlockIndex, file_offset: u64, hold: Hold) -> Self {
-        Self { block, file_offset, kind: Kind::Mapped, hold, keys: Vec::new(), pins: Vec::new(), new_bitmap: None }
+        Self { block, file_offset, kind: Kind::Mapped, hold, keys: None, pins: Vec::new(), new_bitmap: None }
     }
 
     /// True when the range is mapped already and is written in place.
     pub(super) fn is_mapped(&self) -> bool {
         matches!(self.kind, Kind::Mapped)
+    }
+
+    /// The pages that are reserved for it.
+    fn reserved(&self) -> impl Iterator<Item = PageKey> + '_ {
+        self.keys.iter().flat_map(Keys::iter)
     }
 }
 
@@ -80,11 +87,18 @@ enum Prepared {
 
 impl Shared {
     /// Where a range inside one block lies in the file, if all of it is mapped.
+    #[inline]
     pub(super) fn mapped(&self, range: &Range<u64>) -> Result<Option<u64>> {
         let layer = self.top();
-        let geometry = layer.geometry();
-        let block = geometry.block_of(GuestOffset(range.start));
+        let block = layer.geometry().block_of(GuestOffset(range.start));
         let entry = layer.bat().payload(block, layer.rules(), layer.view())?;
+        self.mapped_by(entry, block, range)
+    }
+
+    /// The same by the block's entry.
+    #[inline]
+    fn mapped_by(&self, entry: BatEntry, block: BlockIndex, range: &Range<u64>) -> Result<Option<u64>> {
+        let geometry = self.top().geometry();
         let at = || entry.file_offset().0 + geometry.offset_in_block(GuestOffset(range.start));
         match entry.payload_state() {
             Some(PayloadState::FullyPresent) => Ok(Some(at())),
@@ -126,30 +140,40 @@ impl Shared {
     }
 
     /// Every page that changing a block can touch.
-    fn keys_of(&self, block: BlockIndex) -> Vec<PageKey> {
+    fn keys_of(&self, block: BlockIndex) -> Keys {
         let geometry = self.top().geometry();
-        let mut keys = vec![PageKey::Bat(page_of(geometry.payload_index(block)))];
+        let mut keys = Keys::one(PageKey::Bat(page_of(geometry.payload_index(block))));
         if geometry.is_differencing() {
             let chunk = geometry.chunk_of(block);
             let bitmap = PageKey::Bat(page_of(geometry.bitmap_index(chunk)));
-            if keys.first() != Some(&bitmap) {
-                keys.push(bitmap);
+            if keys.bat != bitmap {
+                keys.others.push(bitmap);
             }
             let bits = self.bits_of(&self.whole_block(block));
             let pages = bits.start / PAGE_BITS..bits.end.div_ceil(PAGE_BITS);
-            keys.extend(pages.map(|page| PageKey::Bitmap(BitmapKey { chunk, page })));
+            keys.others.extend(pages.map(|page| PageKey::Bitmap(BitmapKey { chunk, page })));
         }
         keys
     }
 
     /// Reserves pages for the next entry, with a commit where that makes room. No lock may be held. False when that means
     /// waiting and the caller must not.
-    pub(super) fn reserve(&self, writer: &Writer, keys: &[PageKey], wait: Wait) -> Result<bool> {
+    pub(super) fn reserve(&self, writer: &Writer, keys: &Keys, wait: Wait) -> Result<bool> {
         loop {
             match writer.try_reserve(keys, wait) {
-                Some(true) => return Ok(true),
-                None => return Ok(false),
-                Some(false) => {
+                Reserved::Yes => return Ok(true),
+                Reserved::Busy => return Ok(false),
+                Reserved::WithoutRoom => {
+                    let made = match writer.lock_commit(wait) {
+                        Some(mut commit) => self.make_room(writer, &mut commit).map(|()| true),
+                        None => Ok(false),
+                    };
+                    if !matches!(made, Ok(true)) {
+                        writer.unreserve(keys.iter());
+                    }
+                    return made;
+                }
+                Reserved::Full => {
                     let Some(mut commit) = writer.lock_commit(wait) else { return Ok(false) };
                     self.commit(writer, &mut commit)?;
                 }
@@ -157,25 +181,57 @@ impl Shared {
         }
     }
 
+    /// Makes room in the log for all that is reserved.
+    pub(super) fn make_room(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
+        if let Some(error) = writer.poisoned() {
+            return Err(error);
+        }
+        let pages = writer.meta().page_count() as u64;
+        writer.set_room(commit.make_room(self.storage(), pages)?);
+        Ok(())
+    }
+
     /// Settles freed space before the file would have to grow, when there is much of it.
     fn settle_freed(&self, writer: &Writer, wait: Wait) -> Result<()> {
-        let block_size = self.top().geometry().block_size();
-        let wanted = {
-            let meta = writer.meta();
-            meta.waiting_bytes >= WAITING_MAX && !meta.space.has_room(block_size)
-        };
+        if writer.waiting_bytes() < WAITING_MAX {
+            return Ok(());
+        }
+        let wanted = !writer.meta().space.has_room(self.top().geometry().block_size());
         if wanted && let Some(mut commit) = writer.lock_commit(wait) {
             self.settle(writer, &mut commit)?;
         }
         Ok(())
     }
 
+    /// Does something once more when there was no room for it, and freed space has become room.
+    pub(super) fn with_room<T>(&self, writer: &Writer, wait: Wait, attempt: impl Fn() -> Result<T>) -> Result<T> {
+        let error = match attempt() {
+            Err(error) if is_full(&error) && writer.waiting_bytes() > 0 => error,
+            other => return other,
+        };
+        let settled = writer.lock_commit(wait).is_some_and(|mut commit| self.settle(writer, &mut commit).is_ok());
+        if settled { attempt() } else { Err(error) } // the first error is the one to tell
+    }
+
     /// Begins to change the mapping of a range inside one block, so that it can be written. The session has started, and
     /// the operation is counted. `None` when that means waiting and the caller must not.
     pub(super) fn begin(&self, writer: &Writer, range: &Range<u64>, wait: Wait) -> Result<Option<Change>> {
+        let is_mapped = self.mapped(range)?.is_some();
+        self.begin_as(writer, range, is_mapped, wait)
+    }
+
+    /// The same for a range that was mapped a moment ago, or was not.
+    pub(super) fn begin_as(
+        &self,
+        writer: &Writer,
+        range: &Range<u64>,
+        mut is_mapped: bool,
+        wait: Wait,
+    ) -> Result<Option<Change>> {
         let block = self.top().geometry().block_of(GuestOffset(range.start));
+        writer.fail_if_poisoned()?;
         loop {
-            if self.mapped(range)?.is_some() {
+            if is_mapped {
                 if !writer.tokens.acquire(block, Hold::Use, wait) {
                     return Ok(None);
                 }
@@ -184,6 +240,7 @@ impl Shared {
                     other => {
                         writer.tokens.release(block, Hold::Use);
                         other?;
+                        is_mapped = self.mapped(range)?.is_some();
                         continue;
                     }
                 }
@@ -194,20 +251,20 @@ impl Shared {
                 return Ok(None);
             }
             if !writer.tokens.acquire(block, Hold::Change, wait) {
-                writer.unreserve(&keys);
+                writer.unreserve(keys.iter());
                 return Ok(None);
             }
             let prepared = self.prepare(writer, block, range, &keys, wait);
             match prepared {
                 Ok(Prepared::Ready(change)) => {
-                    return Ok(Some(self.ready_or_broken(writer, Change { keys, ..change })));
+                    return Ok(Some(self.ready_or_broken(writer, Change { keys: Some(keys), ..change })));
                 }
                 other => {
                     writer.tokens.release(block, Hold::Change);
-                    writer.unreserve(&keys);
+                    writer.unreserve(keys.iter());
                     match other? {
                         Prepared::Busy => return Ok(None),
-                        _ => continue,
+                        _ => is_mapped = self.mapped(range)?.is_some(),
                     }
                 }
             }
@@ -249,17 +306,16 @@ impl Shared {
         writer: &Writer,
         block: BlockIndex,
         range: &Range<u64>,
-        keys: &[PageKey],
+        keys: &Keys,
         wait: Wait,
     ) -> Result<Prepared> {
-        if self.mapped(range)?.is_some() {
-            return Ok(Prepared::Mapped);
-        }
         let layer = self.top();
         let geometry = *layer.geometry();
-        let entry = layer.bat().payload(block, layer.rules(), layer.view())?;
+        let entry = layer.bat().pin(geometry.payload_index(block), layer.rules(), layer.view())?;
+        if self.mapped_by(entry, block, range)?.is_some() {
+            return Ok(Prepared::Mapped);
+        }
         let covers = *range == geometry.block_range(block);
-        layer.bat().pin(geometry.payload_index(block), layer.rules(), layer.view())?;
         let in_block = geometry.offset_in_block(GuestOffset(range.start));
         let mut change = Change::new(block, entry.file_offset().0 + in_block, Hold::Change);
         let state = entry.payload_state();
@@ -331,7 +387,7 @@ impl Shared {
     }
 
     /// Pins the pages of the block's bitmap; with a new bitmap block where its chunk has none. False when busy.
-    fn prepare_bitmap(&self, writer: &Writer, change: &mut Change, keys: &[PageKey], wait: Wait) -> Result<bool> {
+    fn prepare_bitmap(&self, writer: &Writer, change: &mut Change, keys: &Keys, wait: Wait) -> Result<bool> {
         let layer = self.top();
         let geometry = *layer.geometry();
         let chunk = geometry.chunk_of(change.block);
@@ -367,8 +423,8 @@ impl Shared {
                 meta.new_bitmaps.insert(chunk, NewBitmap { given, users: 0 });
             }
         }
-        for key in keys {
-            if let PageKey::Bitmap(key) = *key {
+        for key in keys.iter() {
+            if let PageKey::Bitmap(key) = key {
                 self.pin_bitmap_page(writer, key)?;
                 change.pins.push(key);
             }
@@ -449,10 +505,24 @@ impl Shared {
             Err(_) if least < step => self.storage().set_len(least).map(|()| least),
             other => other.map(|()| least.max(step)),
         };
-        let new = grown.map_err(|error| Error::io(format!("cannot make the file {least:#x} bytes long"), error))?;
+        let failed = |error: std::io::Error| {
+            // A block device that is too small is as full as a file system can be.
+            let full = error.kind() == std::io::ErrorKind::InvalidInput;
+            let error = if full { std::io::Error::new(std::io::ErrorKind::StorageFull, error) } else { error };
+            Error::io(format!("cannot make the file {least:#x} bytes long"), error)
+        };
+        let (new, zero) = match &grown {
+            Ok(new) => (*new, self.storage().growth_reads_zero()),
+            // It may have happened all the same.
+            Err(_) => (self.storage().len().unwrap_or(length), false),
+        };
+        if new < length {
+            let what = format!("the file had {length:#x} bytes and has {new:#x} now: somebody else cuts it");
+            return Err(writer.poison(Error::new(ErrorKind::Locked, what)));
+        }
         self.view().set_size(new);
-        writer.meta().space.grown(new, self.storage().growth_reads_zero());
-        Ok(true)
+        writer.meta().space.grown(new, zero);
+        grown.map_err(failed).map(|_| true)
     }
 
     /// Publishes a change: readers and the next commit see it. Does no I/O.
@@ -461,7 +531,7 @@ impl Shared {
         {
             let mut meta = writer.meta();
             self.publish(writer, &mut meta, &change);
-            meta.unreserve(&change.keys);
+            meta.unreserve(change.reserved());
             writer.wake(meta);
         }
         for key in pins {
@@ -566,7 +636,7 @@ impl Shared {
                 }
                 _ => {}
             }
-            meta.unreserve(&change.keys);
+            meta.unreserve(change.reserved());
             writer.wake(meta);
         }
         writer.tokens.release(change.block, change.hold);
@@ -584,16 +654,15 @@ impl Shared {
     ) -> Result<bool> {
         let layer = self.top();
         let index = layer.geometry().payload_index(block);
-        let keys = [PageKey::Bat(page_of(index))];
+        let keys = Keys::one(PageKey::Bat(page_of(index)));
         if !self.reserve(writer, &keys, wait)? {
             return Ok(false);
         }
         if !writer.tokens.acquire(block, Hold::Alone, wait) {
-            writer.unreserve(&keys);
+            writer.unreserve(keys.iter());
             return Ok(false);
         }
-        let pinned = layer.bat().pin(index, layer.rules(), layer.view());
-        let entry = pinned.and_then(|()| layer.bat().payload(block, layer.rules(), layer.view()));
+        let entry = layer.bat().pin(index, layer.rules(), layer.view());
         if let Ok(entry) = &entry
             && entry.payload_state().is_some_and(&applies)
         {
@@ -604,11 +673,11 @@ impl Shared {
                 if writer.breaks(BrokenRule::FreeAtOnce) {
                     meta.space.give_back(&owned);
                 } else {
-                    meta.free(owned);
+                    writer.free(&mut meta, owned);
                 }
             }
         }
-        writer.unreserve(&keys);
+        writer.unreserve(keys.iter());
         writer.tokens.release(block, Hold::Alone);
         entry.map(|_| true)
     }

@@ -20,6 +20,7 @@ use std::time::Duration;
 use super::Shared;
 use super::bat::bitmap_page_offset;
 use super::flushes::Turn;
+use super::gate::Moment;
 use super::headers::HeaderPair;
 use super::ring::{LogRing, pages_max};
 use super::simulation::{BrokenRule, Phase, enter};
@@ -33,6 +34,8 @@ use crate::units::MIB;
 
 /// How long a commit waits for reads and writes that may still use freed space, before it leaves that for the next.
 const QUIET_WAIT: Duration = Duration::from_micros(200);
+/// The same for who needs that space now.
+const SETTLE_WAIT: Duration = Duration::from_millis(20);
 /// Pages written home at once.
 const HOME_RUN_MAX: usize = 64;
 
@@ -50,6 +53,8 @@ pub(super) struct Commit {
     cooling: Vec<Range<u64>>,
     /// Freed, and home for certain.
     cooled: Vec<Range<u64>>,
+    /// The same; whoever may have seen the old mapping was inside at that moment.
+    leaving: Option<(Moment, Vec<Range<u64>>)>,
     /// The file length that is known to be durable.
     durable_length: u64,
     /// Flushes up to this ticket are satisfied.
@@ -67,20 +72,24 @@ impl Commit {
             unhomed: BTreeMap::new(),
             cooling: Vec::new(),
             cooled: Vec::new(),
+            leaving: None,
             durable_length: 0,
             done_ticket: 0,
             first_last_offset: 0,
         }
     }
 
-    /// Makes room in the log for the first entries of a session.
-    pub(super) fn prepare_ring(&mut self, storage: &Arc<dyn Storage>) -> Result<()> {
-        if self.spare_ring.is_none() {
-            let mut ring = LogRing::new(self.headers.current());
-            ring.prepare(storage, pages_max(self.headers.current().log_length))?;
-            self.spare_ring = Some(ring);
+    /// Makes room in the log for so many pages in the next entry, and some to spare. Gives how many it is enough for.
+    pub(super) fn make_room(&mut self, storage: &Arc<dyn Storage>, pages: u64) -> Result<u64> {
+        let header = self.headers.current();
+        let ring = match &mut self.ring {
+            Some(ring) => ring,
+            None => self.spare_ring.get_or_insert_with(|| LogRing::new(header)),
+        };
+        if ring.room() < pages {
+            ring.prepare(storage, pages.next_power_of_two().min(pages_max(header.log_length)))?;
         }
-        Ok(())
+        Ok(ring.room())
     }
 }
 
@@ -149,7 +158,7 @@ impl Shared {
         if late {
             self.write_home(writer, commit, Vec::new())?;
         }
-        self.retire(writer, commit);
+        self.retire(writer, commit, QUIET_WAIT);
         if taken.pages.is_empty() {
             commit.done_ticket = Self::satisfied(writer, &taken);
             return Ok(());
@@ -172,9 +181,13 @@ impl Shared {
             return Ok(());
         }
         match self.write_home(writer, commit, pages) {
-            Err(error) if !is_full(&error) => Err(error),
-            _ => Ok(()), // what found no room is in the log, and is tried again
+            Err(error) if !is_full(&error) => return Err(error),
+            _ => {} // what found no room is in the log, and is tried again
         }
+        // Operations under way had room where the entry stands now. When none is found for them here, the commit that needs
+        // it says so.
+        let _ = self.make_room(writer, commit);
+        Ok(())
     }
 
     /// The flushes that a commit satisfies: those asked for before it took its pages.
@@ -258,8 +271,7 @@ impl Shared {
 
     /// What a commit took needs no room in the next entry any more, or counts as dirty again.
     fn let_go(&self, writer: &Writer, taken: &Taken) {
-        let keys: Vec<PageKey> = taken.pages.iter().map(|page| page.key).collect();
-        writer.unreserve(&keys);
+        writer.unreserve(taken.pages.iter().map(|page| page.key));
     }
 
     /// Appends an entry and makes it durable.
@@ -268,6 +280,7 @@ impl Shared {
             return Err(Error::new(ErrorKind::InvalidArgument, "there is no log to write to"));
         };
         let logged = self.log_into(writer, commit, &mut ring, taken);
+        writer.set_room(ring.room());
         commit.ring = Some(ring);
         logged
     }
@@ -366,19 +379,32 @@ impl Shared {
         }
     }
 
-    /// Gives freed space back whose unmapping is home for certain, unless somebody may still use it.
-    pub(super) fn retire(&self, writer: &Writer, commit: &mut Commit) {
-        let quiet = || writer.breaks(BrokenRule::GateIgnored) || self.gate.is_quiet(QUIET_WAIT);
-        if commit.cooled.is_empty() || !quiet() {
-            return;
+    /// Gives freed space back whose unmapping is home for certain, unless somebody may still use it: then the next commit
+    /// looks again.
+    pub(super) fn retire(&self, writer: &Writer, commit: &mut Commit, wait: Duration) {
+        // What has waited since an earlier commit first; then what is new.
+        for _ in 0..2 {
+            let (moment, ranges) = match commit.leaving.take() {
+                Some(leaving) => leaving,
+                None if commit.cooled.is_empty() => return,
+                None => (self.gate.moment(), std::mem::take(&mut commit.cooled)),
+            };
+            let ignored = writer.breaks(BrokenRule::GateIgnored);
+            if !ignored && !self.gate.has_passed_within(moment, wait) {
+                commit.leaving = Some((moment, ranges));
+                return;
+            }
+            self.give_ranges_back(writer, ranges);
         }
+    }
+
+    fn give_ranges_back(&self, writer: &Writer, ranges: Vec<Range<u64>>) {
         let _phase = enter(Phase::Retire);
-        for range in std::mem::take(&mut commit.cooled) {
+        for range in ranges {
             // It is stale whether or not the file system took it back.
             let _ = self.storage().punch_hole(range.clone());
-            let mut meta = writer.meta();
-            give_back(&mut meta, &range);
-            meta.waiting_bytes = meta.waiting_bytes.saturating_sub(range.end - range.start);
+            give_back(&mut writer.meta(), &range);
+            writer.given_back(&range);
         }
         writer.wake(writer.meta());
     }
@@ -387,14 +413,14 @@ impl Shared {
     pub(super) fn settle(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
         self.commit(writer, commit)?;
         self.sync(writer, commit)?;
-        self.retire(writer, commit);
+        self.retire(writer, commit, SETTLE_WAIT);
         Ok(())
     }
 
     /// Begins a log session: an entry first, then the GUID that points to it (W-021).
     fn open_log(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
         let _phase = enter(Phase::Start);
-        commit.prepare_ring(self.storage())?;
+        commit.make_room(self.storage(), 1)?;
         let mut ring = commit.spare_ring.take().unwrap_or_else(|| LogRing::new(commit.headers.current()));
         let last = writer.meta().space.high();
         commit.first_last_offset = last;

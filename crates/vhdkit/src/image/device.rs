@@ -92,7 +92,8 @@ pub trait BlockDevice: Debug + Send + Sync {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
 
     /// Visits what a range is made of, in order, without gaps. Neighbours that are alike are joined as far as that
-    /// costs nothing.
+    /// costs nothing. Where data lies in a file is true until somebody zeroes or discards it: who copies by it reads
+    /// from a disk that nobody changes meanwhile, or plans his reads.
     ///
     /// # Errors
     /// As [`BlockDevice::read_at`]; extents visited before were true.

@@ -6,7 +6,7 @@
 
 use std::ops::{ControlFlow, Range};
 
-use super::bat::{bitmap_page_offset, judge};
+use super::bat::{bitmap_page_offset, judge, present_bitmap};
 use super::bitmap::{BitmapKey, BitmapPage, PAGE_BITS, PAGE_BYTES, bit_run};
 use super::device::{Extent, ExtentKind, VisitExtent};
 use super::layer::Layer;
@@ -259,14 +259,14 @@ impl<'a> LayerCursor<'a> {
         let rules = self.layer.rules();
         let index = rules.geometry.bitmap_index(chunk);
         if self.layer.bat().next_changed(index.0).is_some_and(|changed| changed.contains(&index.0)) {
-            return self.layer.bat().entry(index, rules, self.layer.view());
+            return self.layer.bat().bitmap(chunk, rules, self.layer.view());
         }
         // Read by itself: going through the window would throw it away for one entry.
         let mut raw = [0; 8];
         self.layer.view().read_at(&mut raw, rules.bat_offset.0 + index.0 * BAT_ENTRY_BYTES)?;
         let entry = BatEntry(u64::from_le_bytes(raw));
         judge(index, entry, rules).map_err(|finding| Error::from_finding(&finding))?;
-        Ok(entry)
+        Ok(present_bitmap(entry))
     }
 
     fn bitmap_page(&mut self, bitmap: BatEntry, page_number: u64) -> Result<&BitmapPage> {

@@ -17,6 +17,8 @@ struct State {
     /// Flushes up to this ticket are satisfied.
     done: u64,
     leads: bool,
+    /// So many wait: waking nobody is a system call too.
+    waiting: usize,
 }
 
 /// The flushes of an image.
@@ -71,7 +73,9 @@ impl Flushes {
             if wait == Wait::No {
                 return Turn::Busy;
             }
+            state.waiting += 1;
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
     }
 }
@@ -86,7 +90,12 @@ impl Lead<'_> {
 
 impl Drop for Lead<'_> {
     fn drop(&mut self) {
-        self.0.lock().leads = false;
-        self.0.changed.notify_all();
+        let mut state = self.0.lock();
+        state.leads = false;
+        let is_awaited = state.waiting > 0;
+        drop(state);
+        if is_awaited {
+            self.0.changed.notify_all();
+        }
     }
 }

@@ -4,18 +4,21 @@
 //! waits for nobody; but before the place is given to another block, whoever may have seen the old entry must be done.
 //!
 //! ```text
-//! enter:   count in the current epoch, then look entries up        leave: count out of that epoch
-//! quiet:   twice: flip the epoch, wait until the old one's counts are zero
+//! enter:     count in the current epoch, then look entries up      leave: count out of that epoch
+//! advance:   flip the epoch, if nobody is counted in the one that is not current
+//! moment:    has passed after two flips: each of them found one epoch's counts at zero after the moment
 //! ```
 //!
-//! Twice, because a thread may have read the epoch and be about to count into it when it is flipped. Such a thread looks
-//! entries up after it has counted, so it is missed only if it sees the change, and the second round does not miss it
-//! in the other epoch. This is the idea of sleepable read-copy-update (McKenney, 2006), with counts per group of threads
-//! so that threads do not fight for one cache line.
+//! Whoever is counted when an epoch's counts are looked at is waited for; whoever counts himself in after that looks entries
+//! up later still, and sees the change. Flipping gives those who are inside the time to leave while others come: without it
+//! two readers who take turns could keep a count above zero for ever. This is the idea of sleepable read-copy-update
+//! (McKenney, 2006), with counts per group of threads so that threads do not fight for one cache line.
+//!
+//! Nobody has to wait: a moment can be asked about whenever there is time to.
 
 use std::time::Duration;
 
-use super::sync::{AtomicUsize, Mutex, Ordering, Patience, PoisonError, STRIPES};
+use super::sync::{AtomicUsize, Mutex, MutexGuard, Ordering, Patience, PoisonError, STRIPES};
 
 /// The counts of one group, on cache lines of their own.
 #[derive(Debug, Default)]
@@ -29,9 +32,13 @@ struct Stripe {
 pub(crate) struct Gate {
     epoch: AtomicUsize,
     stripes: [Stripe; STRIPES],
-    /// One flips at a time.
-    flipping: Mutex<()>,
+    /// How often the epoch was flipped. Held while that is done; never for long.
+    flips: Mutex<u64>,
 }
+
+/// A moment, to be asked about later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Moment(u64);
 
 /// Something under way; ends when dropped.
 #[derive(Debug)]
@@ -69,30 +76,52 @@ impl Gate {
         Inside { count }
     }
 
-    /// True once everything that began before the call has ended; false when that takes longer than `wait`.
-    pub(crate) fn is_quiet(&self, wait: Duration) -> bool {
-        let _flipping = self.flipping.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut patience = Patience::new(wait);
-        (0..2).all(|_| {
-            let old = self.epoch.fetch_xor(1, Ordering::SeqCst) & 1;
-            self.drained(old, &mut patience)
-        })
+    /// Now.
+    pub(crate) fn moment(&self) -> Moment {
+        Moment(*self.lock_flips())
     }
 
-    fn drained(&self, epoch: usize, patience: &mut Patience) -> bool {
-        let busy = || {
-            self.stripes.iter().any(|stripe| {
-                let [even, odd] = &stripe.counts;
-                (if epoch == 0 { even } else { odd }).load(Ordering::SeqCst) != 0
-            })
-        };
+    /// True once everything that began before a moment has ended.
+    pub(crate) fn has_passed(&self, moment: Moment) -> bool {
+        let mut flips = self.lock_flips();
+        while *flips < moment.0 + 2 {
+            let other = (self.epoch.load(Ordering::SeqCst) & 1) ^ 1;
+            if self.is_busy(other) {
+                return false;
+            }
+            self.epoch.fetch_xor(1, Ordering::SeqCst);
+            *flips += 1;
+        }
+        true
+    }
+
+    /// True once everything that began before the call has ended; false when that takes longer than `wait`.
+    pub(crate) fn is_quiet(&self, wait: Duration) -> bool {
+        self.has_passed_within(self.moment(), wait)
+    }
+
+    /// The same for everything that began before a moment.
+    pub(crate) fn has_passed_within(&self, moment: Moment, wait: Duration) -> bool {
+        let mut patience = Patience::new(wait);
         patience.begin();
-        while busy() {
+        while !self.has_passed(moment) {
             if !patience.pause() {
                 return false;
             }
         }
         true
+    }
+
+    /// Whether anybody is counted in an epoch.
+    fn is_busy(&self, epoch: usize) -> bool {
+        self.stripes.iter().any(|stripe| {
+            let [even, odd] = &stripe.counts;
+            (if epoch == 0 { even } else { odd }).load(Ordering::SeqCst) != 0
+        })
+    }
+
+    fn lock_flips(&self) -> MutexGuard<'_, u64> {
+        self.flips.lock().unwrap_or_else(PoisonError::into_inner) // a number is whole at any moment
     }
 }
 
@@ -111,6 +140,24 @@ mod tests {
         assert!(!gate.is_quiet(Duration::from_millis(1)));
         drop(inside);
         assert!(gate.is_quiet(Duration::ZERO));
+    }
+
+    /// Readers who take turns, so that somebody is inside at every moment, keep nobody waiting for ever.
+    #[test]
+    fn a_moment_passes_though_somebody_is_always_inside() {
+        let gate = Gate::default();
+        let mut inside = gate.enter();
+        let moment = gate.moment();
+        let mut turns = 0;
+        while !gate.has_passed(moment) {
+            let next = gate.enter();
+            drop(inside);
+            inside = next;
+            turns += 1;
+            assert!(turns < 4);
+        }
+        assert!(turns > 0, "who was inside has to leave first");
+        drop(inside);
     }
 
     /// A slot names a cell; readers follow it, a writer points it elsewhere, waits, and spoils the old cell.

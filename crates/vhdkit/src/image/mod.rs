@@ -158,8 +158,8 @@ impl Image {
     }
 
     /// Plans a write of whole sectors, from the start of the range to the end of that block at most: finds space and loads
-    /// the metadata, so that completing the plan needs no I/O. Waits for other changes of that block, also for other plans:
-    /// a thread that has to complete those itself uses [`Image::try_plan_write`].
+    /// the metadata, so that completing the plan needs no I/O. Waits for other changes of that block, also for other plans,
+    /// and for room in the log, of which every plan holds some: a thread that holds plans uses [`Image::try_plan_write`].
     ///
     /// ```
     /// use std::sync::Arc;

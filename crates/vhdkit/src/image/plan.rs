@@ -177,7 +177,8 @@ impl Shared {
             return Ok(None);
         }
         let range = self.first_block_part(&range);
-        let Some(change) = self.begin(writer, &range, wait)? else { return Ok(None) };
+        let begun = self.with_room(writer, wait, || self.begin(writer, &range, wait))?;
+        let Some(change) = begun else { return Ok(None) };
         active.keep();
         Ok(Some(WritePlan { shared: Arc::clone(self), range, change: Some(change) }))
     }

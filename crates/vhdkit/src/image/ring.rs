@@ -20,10 +20,11 @@ use crate::format::log::{
     EntryToLog, PageToLog, SECTOR, SECTOR_BYTES, encode_entry, entry_sectors_max, pages_per_entry,
 };
 use crate::storage::Storage;
-use crate::units::MIB;
 
 /// Pages of an entry at most, however long the log is: bounds the memory of a commit to 4 MiB.
 const PAGES_MAX: u64 = 1024;
+/// Holes of the ring are filled in steps of so many bytes; a log is a multiple of them.
+const ROOM_STEP: u64 = 64 * 1024;
 
 /// The ring of one log session.
 #[derive(Debug)]
@@ -69,13 +70,23 @@ impl LogRing {
         self.guid
     }
 
+    /// Pages that the next entry can hold without meeting a hole of the file. One sector is left over for the empty entry
+    /// that opens the log.
+    pub(super) fn room(&self) -> u64 {
+        let length = self.sectors * SECTOR;
+        if self.real >= length {
+            return u64::MAX; // what wraps goes where the ring is real as well
+        }
+        pages_per_entry((self.real / SECTOR).saturating_sub(self.head + 1))
+    }
+
     /// Fills the holes of the file where an entry with so many pages goes, so that writing it cannot fail for lack of
     /// space. Nothing that counts is touched.
     pub(super) fn prepare(&mut self, storage: &Arc<dyn Storage>, pages: u64) -> Result<()> {
         let length = self.sectors * SECTOR;
-        let end = ((self.head + entry_sectors_max(pages)) * SECTOR).min(length);
+        let end = ((self.head + 1 + entry_sectors_max(pages)) * SECTOR).min(length);
         while self.real < end {
-            let until = (self.real + MIB).min(length); // the log is a multiple of 1 MiB long
+            let until = (self.real + ROOM_STEP).min(length);
             let failed =
                 |error| Error::io(format!("cannot make room in the log at {:#x}", self.offset + self.real), error);
             let mut position = self.offset + self.real;
@@ -150,6 +161,7 @@ mod tests {
     use crate::format::log::{Ring, find_active_sequence};
     use crate::image::replay::FileRing;
     use crate::storage::MemoryStorage;
+    use crate::units::MIB;
 
     fn header(log_length: u32) -> Header {
         Header {

@@ -189,6 +189,9 @@ pub(crate) fn scan_marks(
         let index = geometry.bitmap_index(ChunkIndex(chunk));
         let bitmap = if index.0 < geometry.bat_entries() { scan.cursor.entry(index)? } else { BatEntry(0) };
         scan.bitmap(ChunkIndex(chunk), bitmap, partial)?;
+        if index.0 < geometry.bat_entries() {
+            scan.behind_the_disk(end, first + geometry.chunk_ratio())?;
+        }
         if end - reported >= PROGRESS_BLOCKS || end == blocks {
             progress(end, blocks)?;
             reported = end;
@@ -220,6 +223,21 @@ impl Scan<'_, '_, '_> {
         if let Some(count) = self.result.blocks.get_mut(position(state)) {
             *count += blocks; // at most 2^26 in all
         }
+    }
+
+    /// Slots of the last chunk for which the disk has no block. They mean nothing, but what they claim is not given to
+    /// others: who makes the disk larger may take them for real.
+    fn behind_the_disk(&mut self, first: u64, end: u64) -> Result<()> {
+        let mut block = first;
+        while block < end {
+            let index = self.rules().geometry.payload_index(BlockIndex(block));
+            let entry = self.cursor.entry(index)?;
+            if let Some(range) = self.rules().owned_range(BatSlot::Payload(BlockIndex(block)), entry) {
+                self.marks.mark(range.start, range.end.min(self.rules().file_size.get()));
+            }
+            block += self.cursor.count_equal(index, end - block, entry)?.max(1);
+        }
+        Ok(())
     }
 
     /// Judges the payload blocks of one chunk. Gives the first one that is partially present.

@@ -40,7 +40,7 @@ impl Shared {
         }
         if !writer.started.load(Ordering::SeqCst) {
             self.start_locked(writer, &mut commit, Visible::Yes)?;
-            commit.prepare_ring(self.storage())?;
+            writer.set_room(commit.make_room(self.storage(), 1)?);
             writer.started.store(true, Ordering::SeqCst);
             writer.set_ready(writer.mode() == Mode::Writable);
         }
@@ -82,8 +82,8 @@ impl Shared {
 
     fn apply_log(&self, writer: &Writer, commit: &Commit) -> Result<()> {
         let (storage, view) = (self.storage(), self.view());
-        let size = view.size();
-        if view.physical_size() < size {
+        let (size, there) = (view.size(), view.physical_size());
+        if there < size {
             let grown = storage.set_len(size);
             grown.map_err(|error| Error::io(format!("cannot make the file {size:#x} bytes long"), error))?;
         }
@@ -94,7 +94,11 @@ impl Shared {
             let failed =
                 |error| Error::io(format!("cannot put the log's change at {:#x} into place", range.start), error);
             if is_zero {
-                storage.zero_range(range.clone()).map_err(failed)?;
+                // What the file grew by is zero already. A hole first: a log can name terabytes of zeros.
+                let old = if storage.growth_reads_zero() { range.start..range.end.min(there) } else { range.clone() };
+                if !old.is_empty() && !storage.punch_hole(old.clone()).map_err(failed)? {
+                    storage.zero_range(old).map_err(failed)?;
+                }
             } else {
                 storage.write_at(&view.read_vec(range.clone())?, range.start).map_err(failed)?;
             }
@@ -131,6 +135,7 @@ impl Shared {
         let writer = self.writer.get().ok_or_else(read_only)?;
         let _active = writer.enter()?;
         let Some(mut commit) = writer.lock_commit(Wait::Yes) else { return Ok(None) };
+        writer.fail_if_poisoned()?;
         if !commit.headers.current().is_dirty() || writer.started.load(Ordering::SeqCst) {
             return Ok(None);
         }
@@ -204,7 +209,7 @@ impl Shared {
         }
         self.update_headers(writer, commit, |header| header.log_guid = Guid::NIL)?;
         commit.ring = None;
-        self.retire(writer, commit);
+        self.retire(writer, commit, Duration::ZERO); // nobody is inside any more
         self.cut(writer)
     }
 
@@ -213,20 +218,24 @@ impl Shared {
         if writer.is_fixed {
             return Ok(());
         }
-        let mut meta = writer.meta();
-        let end = meta.space.used_end();
-        if !meta.space.has_moved() || end >= self.view().physical_size() {
+        let (end, has_moved) = {
+            let meta = writer.meta();
+            (meta.space.used_end(), meta.space.has_moved())
+        };
+        if !has_moved || end >= self.view().physical_size() {
             return Ok(()); // what trails behind is somebody else's
         }
-        meta.space.cut(end);
-        drop(meta);
         let cut = self.storage().set_len(end);
+        // Also when that failed, the file may be shorter now; a block device stays as long as it is.
+        let length = self.storage().len();
+        let length = length
+            .map_err(|error| writer.poison(Error::io("cannot tell the length of the file after cutting it", error)))?;
+        if length < self.view().physical_size() {
+            writer.meta().space.cut(length);
+            self.view().set_size(length);
+        }
         // Everything is durable and the log is clean: what trails behind is leaked space and no more.
         cut.map_err(|error| Error::io(format!("cannot cut the file to {end:#x} bytes"), error))?;
-        // A block device stays as long as it is.
-        let length = self.storage().len().unwrap_or(end);
-        self.view().set_size(length);
-        writer.meta().space.grown(length, false);
         let synced = self.storage().sync();
         synced.map_err(|error| writer.poison(Error::io("cannot make the cut file durable", error)))
     }
@@ -252,8 +261,13 @@ impl Shared {
     pub(super) fn reopen(&self, write: bool) -> Result<()> {
         let _turning = self.turn()?;
         if !write {
+            let was_writable = self.writer.get().is_some_and(|writer| writer.mode() == Mode::Writable);
             self.end(CLOSE_WAIT, Mode::ReadOnly)?;
-            return self.storage().set_access(false);
+            let changed = self.storage().set_access(false);
+            if let (Err(_), true, Some(writer)) = (&changed, was_writable, self.writer.get()) {
+                writer.set_mode(Mode::Writable); // as it was; the next change starts a new session
+            }
+            return changed;
         }
         match self.writer.get().map(Writer::mode) {
             Some(Mode::Writable) => return Ok(()),

@@ -10,6 +10,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::hash::{BuildHasherDefault, Hasher};
 
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::units::BlockIndex;
@@ -57,12 +58,32 @@ impl State {
     }
 }
 
+/// Spreads block numbers: one multiplication by an odd number (Fibonacci hashing), the high bits folded in. A guest that chose
+/// its blocks by it would slow down nobody but itself.
+#[derive(Debug, Default)]
+struct BlockHasher(u64);
+
+impl Hasher for BlockHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        let spread = (self.0 ^ number).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        self.0 = spread ^ (spread >> 32);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 const SHARDS: usize = 16;
 
 /// The blocks of a shard that somebody holds or waits for.
 #[derive(Debug, Default)]
 struct Blocks {
-    states: HashMap<u64, State>,
+    states: HashMap<u64, State, BuildHasherDefault<BlockHasher>>,
     /// So many wait: waking nobody is a system call too.
     waiting: usize,
 }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::Shared;
+use super::change::Change;
 use super::device::check_range;
 use super::simulation::{Phase, enter};
 use super::tokens::Wait;
@@ -41,6 +42,31 @@ impl<'a> Payload<'a> {
                 (Payload::<'a>::Bytes(head), Payload::<'a>::Bytes(tail))
             }
             Self::Zeros(length) => (Self::Zeros(at), Self::Zeros(length - at)),
+        }
+    }
+}
+
+/// A change whose payload is being written: undone unless that ends well, also when a storage panics.
+struct Begun<'a> {
+    shared: &'a Shared,
+    writer: &'a Writer,
+    change: Option<Change>,
+}
+
+impl Begun<'_> {
+    fn file_offset(&self) -> u64 {
+        self.change.as_ref().map_or(0, |change| change.file_offset)
+    }
+
+    fn finish(mut self) -> Result<()> {
+        self.change.take().map_or(Ok(()), |change| self.shared.finish_or_undo(self.writer, change))
+    }
+}
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        if let Some(change) = self.change.take() {
+            self.shared.undo(self.writer, change, true);
         }
     }
 }
@@ -113,8 +139,10 @@ impl Shared {
         if !self.start(writer, wait)? {
             return Ok(false);
         }
-        {
+        // A look first: most that come here are not mapped, and need no gate to find that out.
+        if self.mapped(&range)?.is_some() {
             let _inside = self.gate.enter();
+            writer.fail_if_poisoned()?; // by now the place may be somebody else's
             if self.put_mapped(payload, range.start)? {
                 return Ok(true);
             }
@@ -125,8 +153,8 @@ impl Shared {
                 Ok(self.put_in_block(writer, head, range.start..edge, wait)?
                     && self.put_in_block(writer, tail, edge..range.end, wait)?)
             }
-            Some(_) => self.put_in_sector(writer, payload, &range, wait),
-            None => self.put_by_change(writer, payload, &range, wait),
+            Some(_) => self.with_room(writer, wait, || self.put_in_sector(writer, payload, &range, wait)),
+            None => self.with_room(writer, wait, || self.put_by_change(writer, payload, &range, wait)),
         }
     }
 
@@ -148,14 +176,11 @@ impl Shared {
     }
 
     fn put_by_change(&self, writer: &Writer, payload: Payload<'_>, range: &Range<u64>, wait: Wait) -> Result<bool> {
-        let Some(change) = self.begin(writer, range, wait)? else { return Ok(false) };
-        match self.put(payload, change.file_offset) {
-            Ok(()) => self.finish_or_undo(writer, change).map(|()| true),
-            Err(error) => {
-                self.undo(writer, change, true);
-                Err(error)
-            }
-        }
+        // It was looked up just before, and was not mapped.
+        let Some(change) = self.begin_as(writer, range, false, wait)? else { return Ok(false) };
+        let begun = Begun { shared: self, writer, change: Some(change) };
+        self.put(payload, begun.file_offset())?;
+        begun.finish().map(|()| true)
     }
 
     /// A part of a sector that is not here yet: the sector is read under its block's token and written whole.
@@ -163,19 +188,15 @@ impl Shared {
         let sector = self.top().geometry().logical_sector_size();
         let start = range.start - range.start % sector;
         let Some(change) = self.begin(writer, &(start..start + sector), wait)? else { return Ok(false) };
-        let put = if change.is_mapped() {
-            self.put(payload, change.file_offset + (range.start - start))
+        let is_mapped = change.is_mapped();
+        let begun = Begun { shared: self, writer, change: Some(change) };
+        if is_mapped {
+            self.put(payload, begun.file_offset() + (range.start - start))?;
         } else {
-            let filled = self.fill_sector(payload, range, start, sector);
-            filled.and_then(|bytes| self.put(Payload::Bytes(&bytes), change.file_offset))
-        };
-        match put {
-            Ok(()) => self.finish_or_undo(writer, change).map(|()| true),
-            Err(error) => {
-                self.undo(writer, change, true);
-                Err(error)
-            }
+            let bytes = self.fill_sector(payload, range, start, sector)?;
+            self.put(Payload::Bytes(&bytes), begun.file_offset())?;
         }
+        begun.finish().map(|()| true)
     }
 
     /// The bytes of a sector: what the disk holds, with the payload over it.
@@ -216,7 +237,8 @@ impl Shared {
         loop {
             let state = self.state_of(block)?;
             let absent = |state| match state {
-                PayloadState::Undefined | PayloadState::Unmapped => true,
+                // A fixed disk keeps the space of every block.
+                PayloadState::Undefined | PayloadState::Unmapped => !writer.is_fixed,
                 PayloadState::NotPresent => covers || !geometry.is_differencing(),
                 _ => false,
             };

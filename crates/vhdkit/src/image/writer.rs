@@ -10,8 +10,8 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -36,6 +36,40 @@ pub(super) enum PageKey {
     Bat(u64),
     /// A page of a sector bitmap.
     Bitmap(BitmapKey),
+}
+
+/// The pages that changing a block can touch: its page of the BAT, and in a differencing disk those of the sector bitmap.
+#[derive(Clone, Debug)]
+pub(super) struct Keys {
+    pub(super) bat: PageKey,
+    pub(super) others: Vec<PageKey>,
+}
+
+impl Keys {
+    pub(super) fn one(bat: PageKey) -> Self {
+        Self { bat, others: Vec::new() }
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = PageKey> + '_ {
+        std::iter::once(self.bat).chain(self.others.iter().copied())
+    }
+
+    fn count(&self) -> usize {
+        1 + self.others.len()
+    }
+}
+
+/// What came of asking for pages of the next entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reserved {
+    /// They are reserved.
+    Yes,
+    /// They are reserved, but the log may have holes where the entry goes.
+    WithoutRoom,
+    /// A commit would free pages.
+    Full,
+    /// Others have reserved all, and the caller does not wait.
+    Busy,
 }
 
 /// Why a page counts towards the next entry.
@@ -64,8 +98,6 @@ pub(super) struct Meta {
     pub(super) frees: Vec<Range<u64>>,
     /// Where blocks begin that plans were given up over whose I/O may still come: such a place is not given to another.
     pub(super) abandoned: BTreeSet<u64>,
-    /// Bytes freed, but not given back yet.
-    pub(super) waiting_bytes: u64,
     pub(super) new_bitmaps: HashMap<ChunkIndex, NewBitmap>,
     /// So many wait for pages: waking nobody is a system call too.
     waiting: usize,
@@ -90,24 +122,29 @@ impl Meta {
         new
     }
 
+    /// Pages that are dirty or reserved.
+    pub(super) fn page_count(&self) -> usize {
+        self.pages.len()
+    }
+
     /// Reserves pages if they fit beside what is dirty and reserved already.
-    fn reserve(&mut self, keys: &[PageKey], capacity: usize) -> bool {
-        let more = keys.iter().filter(|key| !self.pages.contains_key(key)).count();
-        if self.pages.len() + more > capacity {
+    fn reserve(&mut self, keys: &Keys, capacity: usize) -> bool {
+        let more = || keys.iter().filter(|key| !self.pages.contains_key(key)).count();
+        if self.pages.len() + keys.count() > capacity && self.pages.len() + more() > capacity {
             return false;
         }
-        for key in keys {
-            self.pages.entry(*key).or_default().reserved += 1;
+        for key in keys.iter() {
+            self.pages.entry(key).or_default().reserved += 1;
         }
         true
     }
 
-    pub(super) fn unreserve(&mut self, keys: &[PageKey]) {
+    pub(super) fn unreserve(&mut self, keys: impl Iterator<Item = PageKey>) {
         for key in keys {
-            if let Some(page) = self.pages.get_mut(key) {
+            if let Some(page) = self.pages.get_mut(&key) {
                 page.reserved = page.reserved.saturating_sub(1);
                 if page.reserved == 0 && !page.dirty {
-                    self.pages.remove(key);
+                    self.pages.remove(&key);
                 }
             }
         }
@@ -123,15 +160,6 @@ impl Meta {
         }
         self.dirty = 0;
         keys
-    }
-
-    /// Takes note of freed space. What I/O of an abandoned plan may still hit stays taken.
-    pub(super) fn free(&mut self, range: Range<u64>) {
-        if self.abandoned.contains(&range.start) {
-            return;
-        }
-        self.waiting_bytes += range.end - range.start;
-        self.frees.push(range);
     }
 }
 
@@ -149,14 +177,6 @@ pub(super) enum Mode {
     Closed = 3,
 }
 
-/// Operations and plans under way.
-#[derive(Debug, Default)]
-struct Activity {
-    count: u64,
-    /// So many wait for the end of all: waking nobody is a system call too.
-    waiting: usize,
-}
-
 /// The writer of an image.
 #[derive(Debug)]
 pub(super) struct Writer {
@@ -169,7 +189,11 @@ pub(super) struct Writer {
     mode: AtomicU8,
     /// True once the session's GUIDs are durable in both headers.
     pub(super) started: AtomicBool,
-    active: Mutex<Activity>,
+    /// Operations and plans under way.
+    active: AtomicU64,
+    /// Somebody waits for the end of all: waking nobody is a system call too.
+    is_awaited: AtomicBool,
+    idle: Mutex<()>,
     active_changed: Condvar,
     poison: OnceLock<String>,
     /// True while mapped blocks may be overwritten without further questions.
@@ -177,8 +201,41 @@ pub(super) struct Writer {
     pub(super) flushes: Flushes,
     /// Pages that one entry of the log holds.
     capacity: usize,
+    /// Bytes freed, but not given back yet.
+    waiting_bytes: AtomicU64,
+    /// Pages that the next entry holds without meeting a hole of the file. Written under the commit lock.
+    room: AtomicU64,
     pub(super) is_fixed: bool,
     pub(super) broken: Option<BrokenRule>,
+}
+
+/// The commit lock while it is held. What a commit was about to do when it panics is lost with it, so that ends all writing.
+#[derive(Debug)]
+pub(super) struct CommitGuard<'a> {
+    writer: &'a Writer,
+    guard: MutexGuard<'a, Commit>,
+}
+
+impl Deref for CommitGuard<'_> {
+    type Target = Commit;
+
+    fn deref(&self) -> &Commit {
+        &self.guard
+    }
+}
+
+impl DerefMut for CommitGuard<'_> {
+    fn deref_mut(&mut self) -> &mut Commit {
+        &mut self.guard
+    }
+}
+
+impl Drop for CommitGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.writer.poison(Error::new(ErrorKind::Poisoned, "a panic in the middle of a commit"));
+        }
+    }
 }
 
 /// Counts an operation while it lasts.
@@ -206,7 +263,6 @@ impl Writer {
             space,
             frees: Vec::new(),
             abandoned: BTreeSet::new(),
-            waiting_bytes: 0,
             new_bitmaps: HashMap::new(),
             waiting: 0,
         };
@@ -218,12 +274,16 @@ impl Writer {
             growth: Mutex::new(()),
             mode: AtomicU8::new(Mode::ReadOnly as u8),
             started: AtomicBool::new(false),
-            active: Mutex::default(),
+            active: AtomicU64::new(0),
+            is_awaited: AtomicBool::new(false),
+            idle: Mutex::default(),
             active_changed: Condvar::new(),
             poison: OnceLock::new(),
             ready: AtomicBool::new(false),
             flushes: Flushes::default(),
             capacity: usize::try_from(pages_max(header.log_length)).unwrap_or(usize::MAX),
+            waiting_bytes: AtomicU64::new(0),
+            room: AtomicU64::new(0),
             is_fixed,
             broken: None,
         }
@@ -241,15 +301,16 @@ impl Writer {
     }
 
     /// The commit lock; `None` when it is busy and the caller does not wait.
-    pub(super) fn lock_commit(&self, wait: Wait) -> Option<MutexGuard<'_, Commit>> {
-        match wait {
-            Wait::Yes => Some(self.commit.lock().unwrap_or_else(PoisonError::into_inner)),
+    pub(super) fn lock_commit(&self, wait: Wait) -> Option<CommitGuard<'_>> {
+        let guard = match wait {
+            Wait::Yes => self.commit.lock().unwrap_or_else(PoisonError::into_inner),
             Wait::No => match self.commit.try_lock() {
-                Ok(commit) => Some(commit),
-                Err(std::sync::TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-                Err(std::sync::TryLockError::WouldBlock) => None,
+                Ok(commit) => commit,
+                Err(std::sync::TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(std::sync::TryLockError::WouldBlock) => return None,
             },
-        }
+        };
+        Some(CommitGuard { writer: self, guard })
     }
 
     pub(super) fn mode(&self) -> Mode {
@@ -283,6 +344,8 @@ impl Writer {
     pub(super) fn poison(&self, error: Error) -> Error {
         let _ = self.poison.set(error.to_string()); // the first failure is the one to tell
         self.ready.store(false, Ordering::SeqCst);
+        drop(self.meta()); // who looked before this waits by now
+        self.meta_changed.notify_all(); // for pages, in vain
         error.with_hint(
             "the image writes nothing any more; what was flushed before is safe, and opening it again replays its log",
         )
@@ -302,13 +365,18 @@ impl Writer {
         }
     }
 
+    /// The same as an error to return.
+    pub(super) fn fail_if_poisoned(&self) -> Result<()> {
+        self.poisoned().map_or(Ok(()), Err)
+    }
+
     pub(super) fn is_poisoned(&self) -> bool {
         self.poison.get().is_some()
     }
 
     /// Begins an operation that may change the image.
     pub(super) fn enter(&self) -> Result<Active<'_>> {
-        self.lock_active().count += 1;
+        self.count();
         let active = Active(self);
         match self.mode() {
             Mode::Writable => {}
@@ -324,53 +392,78 @@ impl Writer {
 
     /// Counts a plan that only reads.
     pub(super) fn count(&self) {
-        self.lock_active().count += 1;
+        self.active.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Ends an operation or a plan.
     pub(super) fn leave(&self) {
-        let mut active = self.lock_active();
-        active.count = active.count.saturating_sub(1);
-        let is_awaited = active.count == 0 && active.waiting > 0;
-        drop(active);
-        if is_awaited {
+        let is_last = self.active.fetch_sub(1, Ordering::SeqCst) == 1;
+        // Either who waits sees the new count, or this sees that somebody waits.
+        if is_last && self.is_awaited.load(Ordering::SeqCst) {
+            drop(self.lock_idle());
             self.active_changed.notify_all();
         }
     }
 
-    fn lock_active(&self) -> MutexGuard<'_, Activity> {
-        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_idle(&self) -> MutexGuard<'_, ()> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until nothing is under way; false when that takes too long.
+    /// Waits until nothing is under way; false when that takes too long. One at a time waits.
     pub(super) fn wait_idle(&self, wait: Duration) -> bool {
         let deadline = Instant::now() + wait;
-        let mut active = self.lock_active();
-        while active.count > 0 {
+        let mut idle = self.lock_idle();
+        self.is_awaited.store(true, Ordering::SeqCst);
+        let is_idle = loop {
+            if self.active.load(Ordering::SeqCst) == 0 {
+                break true;
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return false;
+                break false;
             }
-            active.waiting += 1;
-            active = self.active_changed.wait_timeout(active, left).unwrap_or_else(PoisonError::into_inner).0;
-            active.waiting -= 1;
-        }
-        true
+            idle = self.active_changed.wait_timeout(idle, left).unwrap_or_else(PoisonError::into_inner).0;
+        };
+        self.is_awaited.store(false, Ordering::SeqCst);
+        is_idle
     }
 
-    /// Reserves pages of the next entry: `Some(true)` when they are, `Some(false)` when a commit would make room, `None`
-    /// when they are all reserved by others and the caller does not wait.
-    pub(super) fn try_reserve(&self, keys: &[PageKey], wait: Wait) -> Option<bool> {
+    /// Takes note of freed space. What I/O of an abandoned plan may still hit stays taken.
+    pub(super) fn free(&self, meta: &mut Meta, range: Range<u64>) {
+        if !meta.abandoned.contains(&range.start) {
+            self.waiting_bytes.fetch_add(range.end - range.start, Ordering::SeqCst);
+            meta.frees.push(range);
+        }
+    }
+
+    /// Freed space can be used again.
+    pub(super) fn given_back(&self, range: &Range<u64>) {
+        self.waiting_bytes.fetch_sub(range.end - range.start, Ordering::SeqCst);
+    }
+
+    /// Bytes freed, but not given back yet.
+    pub(super) fn waiting_bytes(&self) -> u64 {
+        self.waiting_bytes.load(Ordering::SeqCst)
+    }
+
+    /// Says for how many pages the log has room.
+    pub(super) fn set_room(&self, pages: u64) {
+        self.room.store(pages, Ordering::SeqCst);
+    }
+
+    /// Reserves pages of the next entry.
+    pub(super) fn try_reserve(&self, keys: &Keys, wait: Wait) -> Reserved {
         let mut meta = self.meta();
         loop {
             if meta.reserve(keys, self.capacity) {
-                return Some(true);
+                let enough = meta.page_count() as u64 <= self.room.load(Ordering::SeqCst);
+                return if enough { Reserved::Yes } else { Reserved::WithoutRoom };
             }
-            if meta.has_dirty() {
-                return Some(false);
+            if meta.has_dirty() || self.is_poisoned() {
+                return Reserved::Full; // the commit says what is wrong
             }
             if wait == Wait::No {
-                return None;
+                return Reserved::Busy;
             }
             meta.waiting += 1;
             meta = self.meta_changed.wait(meta).unwrap_or_else(PoisonError::into_inner);
@@ -379,7 +472,7 @@ impl Writer {
     }
 
     /// Gives reserved pages back.
-    pub(super) fn unreserve(&self, keys: &[PageKey]) {
+    pub(super) fn unreserve(&self, keys: impl Iterator<Item = PageKey>) {
         let mut meta = self.meta();
         meta.unreserve(keys);
         self.wake(meta);
