@@ -13,7 +13,7 @@ use vhdkit_testkit::sim::{
 
 use super::{Style, lock, options};
 use crate::bases::Base;
-use crate::truth::{entries_tell_the_truth, newest_entry_wraps};
+use crate::truth::entries_tell_the_truth;
 
 /// What the disk was when its session began.
 pub(super) struct SessionStart {
@@ -64,10 +64,9 @@ impl Judge for CrashJudge {
     fn judge(&self, image: &CrashImage, history: &SectorHistory, case: &mut Case) -> Result<(), String> {
         verify_image(image, history, &self.inner, case)?;
         let header = current_header(&*image.storage())?;
-        if newest_entry_wraps(&*image.storage(), &header)? {
+        if entries_tell_the_truth(&image.storage(), &header, self.inner.parents.as_ref())? {
             case.tally("images whose newest log entry goes on at the start of the ring");
         }
-        entries_tell_the_truth(&image.storage(), &header, self.inner.parents.as_ref())?;
         if let Some(start) = lock(&self.start).as_ref() {
             start.judge(&header, image, &self.inner)?;
         }
