@@ -25,7 +25,7 @@ use vhdkit::storage::Storage;
 use vhdkit_testkit::rng::{Rng, mix};
 use vhdkit_testkit::sim::{
     Campaign, Case, CrashImage, Fault, FaultError, Judge, Lab, OpInfo, OpKind, PageMap, Report, Sampling,
-    SectorHistory, Setup, SimHandle, SimStorage,
+    SectorHistory, Setup, SimHandle, SimStorage, fill_stamp,
 };
 
 const PAGE: u64 = 4096;
@@ -448,4 +448,56 @@ fn time_ends_a_campaign() {
     report.expect_clean();
     assert!(report.elapsed < Duration::from_secs(20), "{report}");
     assert!(report.programs > 0);
+}
+
+/// A read sees what was there when it began, and what was written since, also where a flush has forgotten it.
+#[test]
+fn reads_in_the_middle_of_which_something_happens() {
+    let stamp = |version: u64| {
+        let mut bytes = [0; 512];
+        fill_stamp(3, version, &mut bytes);
+        bytes
+    };
+    let mut history = SectorHistory::new(PAGE, Default::default());
+    let write = |history: &mut SectorHistory| {
+        let (ticket, bytes) = history.start_write(3, 1);
+        history.finish(ticket);
+        let version = u64::from_le_bytes(bytes[8..16].try_into().unwrap());
+        assert_eq!(bytes, stamp(version));
+        version
+    };
+    let (lost, first) = (write(&mut history), write(&mut history));
+    let read = |history: &mut SectorHistory, meanwhile: &mut dyn FnMut(&mut SectorHistory), bytes: &[u8]| {
+        let ticket = history.start_read(3, 1);
+        meanwhile(history);
+        history.finish_read(ticket, bytes)
+    };
+    let nothing = &mut |_: &mut SectorHistory| {};
+    assert!(read(&mut history.clone(), nothing, &stamp(first)).is_ok());
+    assert!(
+        read(&mut history.clone(), nothing, &stamp(lost)).is_err() && read(&mut history, nothing, &[0; 512]).is_err()
+    );
+    let mut versions = Vec::new();
+    let mut much = |history: &mut SectorHistory| {
+        let zero = history.start_zero(0..8);
+        history.finish(zero);
+        versions = vec![write(history), write(history)];
+        let flush = history.start_flush();
+        history.finish_flush(flush);
+    };
+    assert!(read(&mut history.clone(), &mut much, &stamp(lost)).is_err(), "was gone before");
+    assert!(read(&mut history.clone(), &mut much, &stamp(first)).is_ok());
+    assert!(read(&mut history.clone(), &mut much, &[0; 512]).is_ok(), "was zero for a while");
+    let ticket = history.start_read(3, 1);
+    much(&mut history);
+    let between = stamp(versions[0]);
+    assert!(history.finish_read(ticket, &between).is_ok());
+    assert!(read(&mut history, nothing, &between).is_err(), "is gone now");
+}
+
+#[test]
+fn a_campaign_ends_after_so_many_states() {
+    let report = Campaign { states_max: Some(500), ..Campaign::default() }
+        .run(&|rng: &mut Rng, lab: &Lab| program(rng, lab, Mistake::None, 10));
+    assert!(report.violation.is_none() && (500..5000).contains(&report.total().states), "{report}");
 }

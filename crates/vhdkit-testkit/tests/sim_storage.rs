@@ -314,3 +314,25 @@ fn a_full_file_system_refuses_new_pages_only() {
     storage.set_capacity(None);
     storage.write_at(&[6; 4096], 32768).unwrap();
 }
+
+#[test]
+fn read_hooks_run_before_reads_alone_and_what_they_write_is_read() {
+    let storage = Arc::new(filled(4096, 1));
+    let (inner, observed) = (Arc::clone(&storage), Arc::new(AtomicU64::new(0)));
+    storage.set_read_hook(Some(Arc::new(move |info: &OpInfo| {
+        assert_eq!((info.kind, info.range.clone(), info.after), (OpKind::Read, 512..1024, false));
+        let mut sector = [0; 512];
+        inner.read_at(&mut sector, 0).unwrap(); // calls no hook
+        inner.write_at(&[sector[0] + 6; 512], 512).unwrap();
+    })));
+    let counter = Arc::clone(&observed);
+    storage.set_observer(Some(Arc::new(move |_: &OpInfo| {
+        counter.fetch_add(1, Ordering::Relaxed);
+    })));
+    let mut sector = [0; 512];
+    storage.read_at(&mut sector, 512).unwrap();
+    assert_eq!(sector, [7; 512]);
+    assert_eq!(observed.load(Ordering::Relaxed), 1, "the write, and no read");
+    storage.write_at(&[2; 512], 0).unwrap();
+    assert_eq!(storage.counts().operations(), 2);
+}

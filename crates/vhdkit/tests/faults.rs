@@ -287,6 +287,7 @@ impl<'a> Run<'a> {
             tolerated: Vec::new(),
             replay: Some(Arc::new(replay)),
             replay_percent: 100,
+            damage_percent: 100,
             second_cuts: 0,
         }
     }

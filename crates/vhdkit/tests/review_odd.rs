@@ -91,7 +91,7 @@ fn a_bitmap_that_is_not_present_is_missing_to_readers_too() {
     let top = builder
         .with(|builder| {
             builder.bat_raw.insert(4096, 40 * MIB);
-            builder.bat_raw.insert(5, 40 * MIB | 7);
+            builder.bat_raw.insert(5, (40 * MIB) | 7);
         })
         .build();
     let image = open(&top, &stored(&top), false).unwrap();

@@ -18,6 +18,9 @@ use crate::rng::{Rng, mix};
 /// The phases of a write path, in the order of a table.
 const PHASES: [&str; 7] = ["start", "payload", "log", "home", "retire", "replay", "close"];
 
+/// Phases of very few operations each.
+const SHORT_PHASES: [&str; 2] = ["home", "retire"];
+
 /// Says whether what a power cut left is in order.
 pub trait Judge: Send + Sync {
     /// Judges an image.
@@ -32,13 +35,14 @@ pub trait Judge: Send + Sync {
 pub struct Case {
     rng: Rng,
     counted: Vec<(&'static str, u64)>,
+    tallies: Vec<&'static str>,
 }
 
 impl Case {
     /// A case by itself, outside of any campaign.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        Self { rng: Rng::new(seed), counted: Vec::new() }
+        Self { rng: Rng::new(seed), counted: Vec::new(), tallies: Vec::new() }
     }
 
     /// Random numbers.
@@ -49,6 +53,11 @@ impl Case {
     /// Counts another image that was judged, by phase and content.
     pub fn count(&mut self, phase: &'static str, hash: u64) {
         self.counted.push((phase, hash));
+    }
+
+    /// Adds one to a line of the report, which says how often something worth knowing was met.
+    pub fn tally(&mut self, what: &'static str) {
+        self.tallies.push(what);
     }
 
     /// What was counted.
@@ -141,6 +150,11 @@ impl SimHandle {
         CrashImage::new(point.build(&point.random_state(rng.next_u64())))
     }
 
+    /// Adds one to a line of the report.
+    pub fn tally(&self, what: &'static str) {
+        *lock(&self.lab.record).tallies.entry(what).or_default() += 1;
+    }
+
     /// What is promised has changed, other than by a flush of the history.
     pub fn promise(&self) {
         lock(&self.lab.record).promises += 1;
@@ -227,6 +241,7 @@ struct Record {
     counted: HashSet<u64>,
     images: Vec<(&'static str, u64)>,
     phases: BTreeMap<&'static str, PhaseCount>,
+    tallies: BTreeMap<&'static str, u64>,
     violation: Option<Violation>,
     found: Option<Replayed>,
 }
@@ -330,14 +345,14 @@ impl LabState {
         self.judge_all(&point, &states, promise, &history, judge, info);
     }
 
-    /// The states to look at: all or a large sample before a sync and when something was promised, and a few with the
-    /// newest operation in between.
+    /// The states to look at: all or a large sample before a sync, when something was promised, and right after a page
+    /// went home; a few with the newest operation in between.
     fn choose(&self, point: &CrashPoint, history: &SectorHistory, info: Option<&OpInfo>) -> (Vec<State>, (u64, u64)) {
         let record = lock(&self.record);
         let promise = (history.epoch(), record.promises);
         let seed = mix(self.seed ^ mix(point.id()));
         let sync = info.is_none_or(|info| info.kind == super::OpKind::Sync);
-        let states = if sync || promise != record.promise {
+        let states = if sync || behind(point) == Some("home") || promise != record.promise {
             point.states(&self.sampling, seed)
         } else {
             point.newest_states(self.per_operation, seed)
@@ -354,7 +369,7 @@ impl LabState {
         judge: &dyn Judge,
         info: Option<&OpInfo>,
     ) {
-        let phase = info.map_or("-", |info| info.phase);
+        let phase = behind(point).or_else(|| info.map(|info| info.phase)).unwrap_or("-");
         {
             let mut record = lock(&self.record);
             if record.promise != promise {
@@ -377,6 +392,9 @@ impl LabState {
             let mut case = Case::new(case_seed(self.seed, state));
             let verdict = judge_safely(judge, &CrashImage::new(pages), history, &mut case);
             let mut record = lock(&self.record);
+            for what in case.tallies {
+                *record.tallies.entry(what).or_default() += 1;
+            }
             for (phase, hash) in case.counted {
                 record.phases.entry(phase).or_default().states += 1;
                 record.count(phase, hash);
@@ -404,6 +422,12 @@ impl Record {
     fn is_over(&self) -> bool {
         self.violation.is_some() || self.found.is_some()
     }
+}
+
+/// The phase of the newest operation on its way, when that is one of those that are short: what a cut leaves of it can be
+/// seen only from the next operation on, which belongs to another phase.
+fn behind(point: &CrashPoint) -> Option<&'static str> {
+    point.pending().last().map(|newest| newest.phase).filter(|phase| SHORT_PHASES.contains(phase))
 }
 
 /// Judges; a panic over an image is a violation like others, and must not unwind through the code under test.
@@ -439,6 +463,8 @@ pub struct Campaign {
     pub programs_max: Option<u64>,
     /// Ends with the program that brings so many distinct images.
     pub distinct_max: Option<u64>,
+    /// Ends with the program that brings so many states, equal ones included.
+    pub states_max: Option<u64>,
     /// Ends after this time.
     pub time_max: Option<Duration>,
 }
@@ -448,10 +474,11 @@ impl Default for Campaign {
         Self {
             first_seed: 1,
             threads: 2,
-            sampling: Sampling { exhaustive_ops: 4, random: 30 },
+            sampling: Sampling { exhaustive_ops: 3, random: 20 },
             per_operation: 3,
             programs_max: None,
             distinct_max: None,
+            states_max: None,
             time_max: None,
         }
     }
@@ -464,6 +491,8 @@ pub struct Report {
     pub programs: u64,
     /// What was counted, by phase.
     pub phases: BTreeMap<&'static str, PhaseCount>,
+    /// What judges and programs tallied.
+    pub tallies: BTreeMap<&'static str, u64>,
     /// The violation in the program with the lowest seed.
     pub violation: Option<Violation>,
     /// How long it took.
@@ -485,6 +514,12 @@ impl Report {
     #[must_use]
     pub fn distinct_in(&self, phases: &[&str]) -> u64 {
         phases.iter().filter_map(|phase| self.phases.get(phase)).map(|count| count.distinct).sum()
+    }
+
+    /// How often something was tallied.
+    #[must_use]
+    pub fn tallied(&self, what: &str) -> u64 {
+        self.tallies.get(what).copied().unwrap_or_default()
     }
 
     /// Ends a test when something was found.
@@ -514,6 +549,9 @@ impl fmt::Display for Report {
             row(f, phase, count)?;
         }
         row(f, "all", &self.total())?;
+        for (what, count) in &self.tallies {
+            writeln!(f, "{count:>10} {what}")?;
+        }
         write!(f, "{} programs in {:.1} s", self.programs, self.elapsed.as_secs_f64())
     }
 }
@@ -566,7 +604,7 @@ impl Campaign {
                 return;
             }
             let record = run_one(program, self.lab(seed, None, &shared.last_seed, shared.deadline));
-            shared.merge(seed, record, self.distinct_max);
+            shared.merge(seed, record, self);
         }
     }
 
@@ -628,7 +666,7 @@ fn run_one(program: &dyn Program, lab: Lab) -> Record {
 }
 
 impl Shared {
-    fn merge(&self, seed: u64, record: Record, distinct_max: Option<u64>) {
+    fn merge(&self, seed: u64, record: Record, bounds: &Campaign) {
         let mut merged = lock(&self.merged);
         let merged = &mut *merged;
         merged.waiting.insert(seed, record);
@@ -643,13 +681,17 @@ impl Shared {
                 sum.moments += count.moments;
                 sum.states += count.states;
             }
+            for (what, count) in record.tallies {
+                *merged.report.tallies.entry(what).or_default() += count;
+            }
             for (phase, hash) in record.images {
                 if merged.images.insert(hash) {
                     merged.report.phases.entry(phase).or_default().distinct += 1;
                 }
             }
-            merged.full =
-                record.violation.is_some() || distinct_max.is_some_and(|max| merged.images.len() as u64 >= max);
+            merged.full = record.violation.is_some()
+                || bounds.distinct_max.is_some_and(|max| merged.images.len() as u64 >= max)
+                || bounds.states_max.is_some_and(|max| merged.report.total().states >= max);
             merged.report.violation = record.violation;
             if merged.full {
                 self.last_seed.fetch_min(merged.next - 1, Ordering::Relaxed);

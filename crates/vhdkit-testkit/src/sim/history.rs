@@ -152,6 +152,14 @@ fn prune(events: &mut Vec<Event>, time: u64) {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket(u64);
 
+/// A read that has started, and what it could see then.
+#[derive(Clone, Debug)]
+pub struct ReadTicket {
+    first: u64,
+    clock: u64,
+    seen: Vec<Vec<Event>>,
+}
+
 /// A flush that has started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlushTicket(u64);
@@ -179,6 +187,9 @@ pub struct SectorHistory {
     open: BTreeMap<u64, (Range<u64>, Option<Zeroing>)>,
     clock: u64,
     epoch: u64,
+    /// Reads in flight, and what was zeroed since the first of them began.
+    reads: usize,
+    zeroed: Vec<(u64, Range<u64>)>,
 }
 
 impl SectorHistory {
@@ -187,7 +198,16 @@ impl SectorHistory {
     #[must_use]
     pub fn new(disk_bytes: u64, initial: BTreeMap<u64, Content>) -> Self {
         let initial = Arc::new(initial);
-        Self { disk_bytes, initial, sectors: BTreeMap::new(), open: BTreeMap::new(), clock: 0, epoch: 0 }
+        Self {
+            disk_bytes,
+            initial,
+            sectors: BTreeMap::new(),
+            open: BTreeMap::new(),
+            clock: 0,
+            epoch: 0,
+            reads: 0,
+            zeroed: Vec::new(),
+        }
     }
 
     /// A disk that holds what a model says.
@@ -228,6 +248,9 @@ impl SectorHistory {
     fn start(&mut self, range: Range<u64>, zeroing: Option<Zeroing>) -> Event {
         assert!(range.start < range.end && range.end <= self.sector_count(), "{range:?} is not on the disk");
         let started = self.tick();
+        if zeroing.is_some() && self.reads > 0 {
+            self.zeroed.push((started, range.clone()));
+        }
         self.open.insert(started, (range, zeroing));
         Event { ticket: started, content: Content::Zero, started, ended: Ended::No, maybe: false }
     }
@@ -399,6 +422,8 @@ impl SectorHistory {
     pub fn settle(&mut self, sector: u64, bytes: &[u8]) -> Result<(), String> {
         self.allowed(sector, bytes)?;
         self.open.clear();
+        self.reads = 0;
+        self.zeroed.clear();
         self.epoch += 1;
         if let Some(events) = self.sectors.get_mut(&sector) {
             *events = vec![Event::first(Content::of(bytes))];
@@ -428,6 +453,44 @@ impl SectorHistory {
     pub fn observe_run(&mut self, first: u64, bytes: &[u8]) -> Result<(), String> {
         let mut sectors = (first..).zip(bytes.chunks_exact(SECTOR_LENGTH));
         sectors.try_for_each(|(sector, piece)| self.observe(sector, piece))
+    }
+
+    /// A read begins, in the middle of which other things may happen.
+    #[must_use]
+    pub fn start_read(&mut self, first: u64, count: u64) -> ReadTicket {
+        self.reads += 1;
+        let seen = (first..first + count).map(|sector| self.visible(sector)).collect();
+        ReadTicket { first, clock: self.clock, seen }
+    }
+
+    /// A read has ended with these bytes: each sector is what it was when the read began, or was written since.
+    ///
+    /// # Errors
+    /// As [`SectorHistory::observe`].
+    pub fn finish_read(&mut self, read: ReadTicket, bytes: &[u8]) -> Result<(), String> {
+        self.reads = self.reads.saturating_sub(1);
+        let sectors = (read.first..).zip(bytes.chunks_exact(SECTOR_LENGTH)).zip(read.seen);
+        for ((sector, piece), mut events) in sectors {
+            if self.clock == read.clock {
+                self.observe(sector, piece)?;
+                continue;
+            }
+            let content = Content::of(piece);
+            // Flushes drop what was written and replaced meanwhile.
+            let meanwhile = match content {
+                Content::Stamp { sector: own, version } => own == sector && version > read.clock,
+                Content::Zero => self.zeroed.iter().any(|(at, range)| *at > read.clock && range.contains(&sector)),
+                Content::Other(_) => false,
+            };
+            if !meanwhile {
+                events.extend(self.events(sector).into_iter().filter(|event| event.started > read.clock));
+                self.judge(sector, content, &events)?;
+            }
+        }
+        if self.reads == 0 {
+            self.zeroed.clear();
+        }
+        Ok(())
     }
 
     /// The sectors that can hold anything but zero, or ever could, and their neighbours: as ranges in order. Everywhere else

@@ -58,7 +58,7 @@ mod verify;
 
 pub use campaign::{Campaign, Case, Judge, Lab, PhaseCount, Program, Replayed, Report, Setup, SimHandle, Violation};
 pub use crash::{CrashPoint, Sampling, State};
-pub use history::{Content, FlushTicket, SectorHistory, Ticket, fill_stamp};
+pub use history::{Content, FlushTicket, ReadTicket, SectorHistory, Ticket, fill_stamp};
 pub use image::CrashImage;
 pub use operation::{Counts, Fault, FaultError, OpInfo, OpKind, Operation};
 pub use pages::{PAGE_BYTES, Page, PageMap, SECTOR_BYTES};

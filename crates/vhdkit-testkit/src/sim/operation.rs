@@ -10,7 +10,7 @@ use super::tear::Tear;
 /// Kinds of operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum OpKind {
-    /// `read_at`. Counted and may fail, but not told to hooks.
+    /// `read_at`. Counted and may fail; told to read hooks alone.
     Read,
     /// `write_at`.
     Write,
@@ -48,7 +48,7 @@ impl OpKind {
 /// An operation that is about to happen, or a sync that has happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpInfo {
-    /// Counts the operations of the storage from 1 on, reads left out.
+    /// Counts the operations of the storage from 1 on; a read has the number of the one before it.
     pub number: u64,
     /// What it does.
     pub kind: OpKind,

@@ -53,6 +53,7 @@ pub struct SimStorage {
 #[derive(Clone, Default)]
 struct Callbacks {
     hook: Option<Hook>,
+    read_hook: Option<Hook>,
     observer: Option<Hook>,
 }
 
@@ -146,6 +147,12 @@ impl SimStorage {
         self.lock_callbacks().hook = hook;
     }
 
+    /// Sets what is called before every read, as the hook is before everything else. Observers are not told: a read changes
+    /// nothing that a power cut could leave. Its number is that of the operation before it.
+    pub fn set_read_hook(&self, hook: Option<Hook>) {
+        self.lock_callbacks().read_hook = hook;
+    }
+
     /// Sets what is called at the same moments, after the hook, and also for what a hook does. It must not change the
     /// storage. This is where cuts are taken.
     pub fn set_observer(&self, observer: Option<Hook>) {
@@ -224,15 +231,28 @@ impl SimStorage {
 
     fn tell(&self, info: &OpInfo) {
         let callbacks = self.lock_callbacks().clone();
-        if let Some(hook) = callbacks.hook
+        self.call(callbacks.hook, info);
+        if let Some(observer) = callbacks.observer {
+            observer(info);
+        }
+    }
+
+    /// Calls a hook, unless one of this storage runs already on this thread.
+    fn call(&self, hook: Option<Hook>, info: &OpInfo) {
+        if let Some(hook) = hook
             && !IN_HOOK.with_borrow(|running| running.contains(&self.number))
         {
             IN_HOOK.with_borrow_mut(|running| running.push(self.number));
             let _running = InHook(self.number);
             hook(info);
         }
-        if let Some(observer) = callbacks.observer {
-            observer(info);
+    }
+
+    fn tell_of_read(&self, range: Range<u64>) {
+        let hook = self.lock_callbacks().read_hook.clone();
+        if hook.is_some() {
+            let number = self.lock().operations;
+            self.call(hook, &OpInfo { number, kind: OpKind::Read, range, phase: (self.phase_source)(), after: false });
         }
     }
 
@@ -311,6 +331,7 @@ impl Storage for SimStorage {
         if buf.is_empty() {
             return Ok(());
         }
+        self.tell_of_read(offset..offset.saturating_add(buf.len() as u64));
         self.read_fault()?;
         let state = self.lock();
         match offset.checked_add(buf.len() as u64) {

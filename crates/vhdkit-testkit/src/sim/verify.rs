@@ -4,8 +4,10 @@
 //! crash image --open, read only--> sectors allowed? elsewhere initial? check silent?   --> digest of the sectors
 //!      |
 //!      +--replay in place--> the same digest; check silent
-//!              |
-//!              +--second power cut--> the same digest, also after another replay in place
+//!      |       |
+//!      |       +--second power cut--> the same digest, also after another replay in place
+//!      |
+//!      +--either header copy zeroed--> the same digest
 //! ```
 
 use std::fmt;
@@ -13,6 +15,7 @@ use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vhdkit::format::finding::{Code, Severity};
+use vhdkit::format::header::{HEADER_BYTES, Header, OFFSETS};
 use vhdkit::image::{
     BlockDevice as _, Extent, ExtentKind, Image, OpenOptions, ParentCandidate, ParentRequest, ParentResolver,
 };
@@ -47,8 +50,11 @@ pub struct ImageJudge {
     pub tolerated: Vec<Code>,
     /// How to replay in place; nothing is replayed without it.
     pub replay: Option<Replay>,
-    /// Of how many in a hundred images the log is replayed in place.
+    /// Of how many in a hundred images with a dirty log it is replayed in place; of clean ones, where nothing may come of
+    /// it, an eighth of that.
     pub replay_percent: u64,
+    /// Of how many in a hundred images with two valid headers either one is damaged: both must stand for the same disk.
+    pub damage_percent: u64,
     /// How many second cuts are taken while one is replayed.
     pub second_cuts: usize,
 }
@@ -80,6 +86,7 @@ impl fmt::Debug for ImageJudge {
             .field("tolerated", &self.tolerated)
             .field("replay", &self.replay.is_some())
             .field("replay_percent", &self.replay_percent)
+            .field("damage_percent", &self.damage_percent)
             .field("second_cuts", &self.second_cuts)
             .finish()
     }
@@ -102,19 +109,54 @@ pub fn verify_image(
     case: &mut Case,
 ) -> Result<(), String> {
     let digest = verify_view(&image.storage(), history, judge)?;
+    let headers = headers(image);
+    if headers.iter().all(Option::is_some) && case.rng().chance(judge.damage_percent) {
+        case.tally("images with either header copy damaged");
+        either_header(image, history, judge, digest)?;
+    }
     let Some(replay) = &judge.replay else { return Ok(()) };
-    if !case.rng().chance(judge.replay_percent) {
+    let newest = headers.into_iter().flatten().max_by_key(|header| header.sequence_number);
+    let is_dirty = newest.is_some_and(|header| header.is_dirty());
+    let percent = if is_dirty { judge.replay_percent } else { judge.replay_percent.div_ceil(8) };
+    case.tally(if is_dirty { "images with a dirty log" } else { "images with a clean log" });
+    if !case.rng().chance(percent) {
         return Ok(());
     }
+    case.tally(if is_dirty { "dirty logs replayed in place" } else { "clean logs replayed in place, to no effect" });
     let points = replay_once(image, history, judge, replay, digest)?;
     for _ in 0..judge.second_cuts {
         let point = &points[case.rng().below(points.len() as u64) as usize];
         let state = point.random_state(case.rng().next_u64());
         let second = CrashImage::new(point.build(&state));
+        case.tally("second cuts while replaying");
         case.count("replay", second.pages().content_hash());
         let told = |error: String| format!("second cut, while replaying: {error}\n{}", state.describe(point));
         same(digest, verify_view(&second.storage(), history, judge).map_err(told)?).map_err(told)?;
         replay_once(&second, history, judge, replay, digest).map_err(told)?;
+    }
+    Ok(())
+}
+
+/// Both header copies, where they are valid.
+fn headers(image: &CrashImage) -> [Option<Header>; 2] {
+    OFFSETS.map(|offset| {
+        let mut bytes = [0; HEADER_BYTES];
+        image.read_at(&mut bytes, offset).ok()?;
+        Header::decode(&bytes)
+    })
+}
+
+/// With either of its two valid headers gone, the disk is the same: neither names a log that is out of date, nor none
+/// where one is needed.
+fn either_header(image: &CrashImage, history: &SectorHistory, judge: &ImageJudge, digest: u64) -> Result<(), String> {
+    let tolerant = ImageJudge { replay: None, ..judge.clone() };
+    let tolerant = ImageJudge { tolerated: [&judge.tolerated[..], &[Code::HeaderCopyDamaged]].concat(), ..tolerant };
+    for offset in OFFSETS {
+        let mut pages = image.pages().clone();
+        pages.zero(offset..offset + HEADER_BYTES as u64);
+        let one = CrashImage::new(pages);
+        let after = verify_view(&one.storage(), history, &tolerant).and_then(|after| same(digest, after));
+        after.map_err(|error| format!("with the header at {offset:#x} damaged: {error}"))?;
     }
     Ok(())
 }

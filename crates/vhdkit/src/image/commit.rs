@@ -160,14 +160,14 @@ impl Shared {
         }
         self.retire(writer, commit, QUIET_WAIT);
         if taken.pages.is_empty() {
-            commit.done_ticket = taken.ticket;
+            commit.done_ticket = Self::satisfied(writer, &taken);
             return Ok(());
         }
         if let Err(error) = self.log(writer, commit, &taken) {
             self.put_back(writer, &taken);
             return Err(error);
         }
-        commit.done_ticket = taken.ticket;
+        commit.done_ticket = Self::satisfied(writer, &taken);
         self.let_go(writer, &taken);
         let _phase = enter(Phase::Home);
         let Taken { pages, mut frees, .. } = taken;
@@ -188,6 +188,11 @@ impl Shared {
         // it says so.
         let _ = self.make_room(writer, commit);
         Ok(())
+    }
+
+    /// The flushes that a commit satisfies: those asked for before it took its pages.
+    fn satisfied(writer: &Writer, taken: &Taken) -> u64 {
+        if writer.breaks(BrokenRule::FlushJoined) { writer.flushes.newest() } else { taken.ticket }
     }
 
     /// Makes the payload of what was taken durable, and opens the log if it is needed.
@@ -384,7 +389,8 @@ impl Shared {
                 None if commit.cooled.is_empty() => return,
                 None => (self.gate.moment(), std::mem::take(&mut commit.cooled)),
             };
-            if !self.gate.has_passed_within(moment, wait) {
+            let ignored = writer.breaks(BrokenRule::GateIgnored);
+            if !ignored && !self.gate.has_passed_within(moment, wait) {
                 commit.leaving = Some((moment, ranges));
                 return;
             }

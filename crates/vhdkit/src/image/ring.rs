@@ -54,12 +54,13 @@ impl LogRing {
         let guid = Guid::random();
         // Any start will do; Windows draws one too. Half the range is left to count up.
         let seed = u64::from_le_bytes(Guid::random().stored().first_chunk().copied().unwrap_or_default());
+        let sectors = u64::from(header.log_length) / SECTOR;
         Self {
             offset: header.log_offset,
-            sectors: u64::from(header.log_length) / SECTOR,
+            sectors,
             guid,
             next_sequence: (seed >> 2) + 1,
-            head: 0,
+            head: super::simulation::ring_start() % sectors.max(1),
             newest: 0,
             real: 0,
         }

@@ -51,12 +51,14 @@ impl Shared {
         let _phase = enter(Phase::Start);
         let late = writer.breaks(BrokenRule::DataGuidLate);
         let data_write_guid = (visible == Visible::Yes && !late).then(Guid::random);
+        let old = commit.headers.current().file_write_guid;
+        let file_write_guid = if writer.breaks(BrokenRule::FileGuidKept) { old } else { Guid::random() };
         if commit.headers.current().is_dirty() {
-            self.update_headers(writer, commit, |header| header.file_write_guid = Guid::random())?;
+            self.update_headers(writer, commit, |header| header.file_write_guid = file_write_guid)?;
             return self.replay_in_place(writer, commit, data_write_guid);
         }
         self.update_headers(writer, commit, |header| {
-            header.file_write_guid = Guid::random();
+            header.file_write_guid = file_write_guid;
             header.data_write_guid = data_write_guid.unwrap_or(header.data_write_guid);
         })
     }

@@ -60,6 +60,12 @@ pub enum BrokenRule {
     TakeAfterSync,
     /// The pages of one commit are logged in two entries, the sector bitmaps last (W-012).
     SplitEntry,
+    /// The file write GUID stays as it is (W-001).
+    FileGuidKept,
+    /// Freed space is given out while reads and writes are under way that looked it up before.
+    GateIgnored,
+    /// A commit satisfies every flush that was asked for before its end, instead of before its take (W-046).
+    FlushJoined,
 }
 
 /// What a writer is doing.
@@ -105,6 +111,23 @@ mod current {
 
     thread_local! {
         static PHASE: Cell<Phase> = const { Cell::new(Phase::Payload) };
+        static RING_START: Cell<u64> = const { Cell::new(0) };
+    }
+
+    /// Lets the logs that this thread opens from now on begin at a sector of their ring, so that they soon come to its end.
+    pub fn start_rings_at(sector: u64) {
+        RING_START.set(sector);
+    }
+
+    /// Where a log begins in its ring.
+    pub(crate) fn ring_start() -> u64 {
+        RING_START.get()
+    }
+
+    /// How many flushes of an image were asked for.
+    #[must_use]
+    pub fn flushes_asked(image: &super::super::Image) -> u64 {
+        image.shared.writer.get().map_or(0, |writer| writer.flushes.newest())
     }
 
     /// What this thread is doing inside a writer.
@@ -137,8 +160,12 @@ mod current {
     pub(crate) const fn enter(_: super::Phase) -> InPhase {
         InPhase
     }
+
+    pub(crate) const fn ring_start() -> u64 {
+        0
+    }
 }
 
-pub(crate) use current::enter;
+pub(crate) use current::{enter, ring_start};
 #[cfg(feature = "simulation")]
-pub use current::phase;
+pub use current::{flushes_asked, phase, start_rings_at};

@@ -1,37 +1,43 @@
-//! Every rule of the order of writes, broken on purpose: the simulator has to find the loss within 10,000 images.
+//! Every rule of the order of writes, broken on purpose: the simulator has to find the loss within 10,000 states.
 
 use vhdkit::image::simulation::BrokenRule;
 use vhdkit_testkit::dirty::edit_header;
 use vhdkit_testkit::rng::Rng;
-use vhdkit_testkit::sim::{Campaign, Lab, Sampling};
+use vhdkit_testkit::sim::{Campaign, Lab, Report, Sampling};
 use vhdkit_testkit::{BlockSpec, BuiltImage, Content, DescriptorSpec, Guid, ImageBuilder, LogEntrySpec, LogRing};
 
 use crate::bases::{Base, Kind, base, long_headers};
 use crate::world::{Style, World};
 
-/// Images that may be looked at before a broken rule has to be found.
-const IMAGES_MAX: u64 = 10_000;
+/// States that may be made, equal ones counted, before a broken rule has to be found.
+const STATES_MAX: u64 = 10_000;
 
-fn found(rule: BrokenRule, make: impl Fn(&mut Rng) -> Base + Sync, style: Style) {
+/// Programs of a style on images of a kind, until something is found or so many states were made.
+fn campaign(make: impl Fn(&mut Rng) -> Base + Sync, style: Style, bounds: Campaign) -> Report {
     // What needs an unlikely order of steps is found by many programs rather than by many states of a few.
     let few = style.nested_percent >= 50;
     let sampling =
-        if few { Sampling { exhaustive_ops: 1, random: 1 } } else { Sampling { exhaustive_ops: 4, random: 20 } };
-    let style = Style { broken: Some(rule), ..style };
+        if few { Sampling { exhaustive_ops: 1, random: 2 } } else { Sampling { exhaustive_ops: 3, random: 8 } };
     let program = |rng: &mut Rng, lab: &Lab| {
         let base = make(rng);
         World::start(lab, rng, base, style)?.run(rng)
     };
-    let campaign = Campaign { distinct_max: Some(IMAGES_MAX), sampling, ..Campaign::default() };
-    let report = campaign.run(&program);
-    let Some(violation) = &report.violation else {
-        panic!("{rule:?} was broken, and nothing was found in {} images\n{report}", report.total().distinct);
-    };
-    println!("{rule:?}: found after {} images: {}", report.total().distinct, violation.message);
+    let per_operation = if few { 1 } else { 3 };
+    Campaign { sampling, per_operation, ..bounds }.run(&program)
 }
 
-const STYLE: Style =
-    Style { steps: 40, nested_percent: 20, nested_in_commits: false, replay_percent: 10, second_cuts: 1, broken: None };
+fn found(rule: BrokenRule, make: impl Fn(&mut Rng) -> Base + Sync, style: Style) {
+    let style = Style { broken: Some(rule), ..style };
+    let report = campaign(make, style, Campaign { states_max: Some(STATES_MAX), ..Campaign::default() });
+    let total = report.total();
+    let Some(violation) = &report.violation else {
+        panic!("{rule:?} was broken, and nothing was found in {} states\n{report}", total.states);
+    };
+    println!("{rule:?}: found after {} states, {} images: {}", total.states, total.distinct, violation.message);
+    assert!(total.states <= STATES_MAX, "{rule:?} was found only after {} states\n{report}", total.states);
+}
+
+const STYLE: Style = Style { replay_percent: 10, ..Style::PLAIN };
 
 macro_rules! broken {
     ($($name:ident: $rule:ident in $kind:expr;)*) => {
@@ -61,26 +67,49 @@ broken! {
     a_part_of_a_block_in_stale_space: StaleSpace in Kind::Dynamic;
     pages_made_from_the_file: PageFromDisk in Kind::Dynamic;
     one_commit_in_two_entries: SplitEntry in Kind::Child;
+    a_file_write_guid_that_stays: FileGuidKept in Kind::Dynamic;
 }
 
 /// Where it takes something else in the middle of a commit.
-const NESTED: Style = Style { nested_percent: 60, nested_in_commits: true, ..STYLE };
+const NESTED: Style = Style { nested_percent: 60, nested_in_commits: true, chain_percent: 5, ..STYLE };
 
 #[test]
 fn retiring_frees_that_came_after_the_take() {
     found(BrokenRule::FreeAfterTake, |rng| base(rng, Kind::Dynamic), NESTED);
 }
 
-#[test]
-fn home_writes_of_a_later_moment() {
-    // Two blocks whose bits stand in different pages of the bitmap.
-    found(BrokenRule::HomeFromMemory, |rng| Base { blocks: vec![0, 18], ..base(rng, Kind::Child) }, NESTED);
+/// Two blocks whose bits stand in different pages of the bitmap.
+fn two_pages(rng: &mut Rng) -> Base {
+    Base { blocks: vec![0, 18], ..base(rng, Kind::Child) }
 }
 
 #[test]
+fn home_writes_of_a_later_moment() {
+    found(BrokenRule::HomeFromMemory, two_pages, NESTED);
+}
+
+/// Where it takes others to give a block up, and its space to be used again, in the middle of one operation.
+const CHAINED: Style = Style { nested_percent: 50, chain_percent: 80, ..STYLE };
+
+#[test]
+fn space_given_out_while_somebody_may_still_use_it() {
+    found(BrokenRule::GateIgnored, |rng| base(rng, Kind::Dynamic), CHAINED);
+}
+
+/// Where flushes meet.
+const BESIDE: Style = Style { follow_percent: 100, nested_percent: 50, ..STYLE };
+
+#[test]
+fn satisfying_a_flush_that_came_after_the_take() {
+    found(BrokenRule::FlushJoined, |rng| base(rng, Kind::Dynamic), BESIDE);
+}
+
+/// Where it takes much else in the middle of anything.
+const BUSY: Style = Style { nested_percent: 50, ..STYLE };
+
+#[test]
 fn publishing_before_the_payload() {
-    let style = Style { nested_percent: 50, ..STYLE };
-    found(BrokenRule::PublishBeforeData, |rng| base(rng, Kind::Child), style);
+    found(BrokenRule::PublishBeforeData, |rng| base(rng, Kind::Child), BUSY);
 }
 
 #[test]
@@ -88,9 +117,19 @@ fn a_flushed_file_offset_that_runs_ahead() {
     found(BrokenRule::FlushedOffsetAhead, |rng| base(rng, Kind::Dynamic), NESTED);
 }
 
+/// A dynamic disk with free space that holds what somebody deleted long ago: a payload that is lost there shows.
+fn with_junk(rng: &mut Rng) -> Base {
+    loop {
+        let base = base(rng, Kind::Dynamic);
+        if base.image.file.read(5 << 20, 1) == [0x5a] {
+            return base;
+        }
+    }
+}
+
 #[test]
 fn taking_after_the_sync() {
-    found(BrokenRule::TakeAfterSync, |rng| base(rng, Kind::Dynamic), NESTED);
+    found(BrokenRule::TakeAfterSync, with_junk, NESTED);
 }
 
 #[test]
@@ -108,10 +147,11 @@ fn dirty(rng: &mut Rng) -> Base {
     }
 }
 
+const REPLAYED: Style = Style { replay_percent: 100, second_cuts: 4, ..STYLE };
+
 #[test]
 fn clearing_the_log_guid_before_the_replay_is_durable() {
-    let style = Style { replay_percent: 100, second_cuts: 4, ..STYLE };
-    found(BrokenRule::ReplayClearEarly, dirty, style);
+    found(BrokenRule::ReplayClearEarly, dirty, REPLAYED);
 }
 
 /// An entry before the tail that names a place which a block has got since.
@@ -139,6 +179,35 @@ fn retired_entry_over_payload(_: &mut Rng) -> Base {
 
 #[test]
 fn replaying_what_lies_before_the_tail() {
-    let style = Style { replay_percent: 100, ..STYLE };
-    found(BrokenRule::ReplayFromRunStart, retired_entry_over_payload, style);
+    found(BrokenRule::ReplayFromRunStart, retired_entry_over_payload, REPLAYED);
+}
+
+/// Images of each kind and style above that are looked at with no rule broken.
+const CONTROL_IMAGES: u64 = if cfg!(debug_assertions) { 200 } else { 2_000 };
+
+/// The control: the same images and styles, and no rule broken, are found to be in order.
+#[test]
+fn nothing_is_found_where_nothing_is_broken() {
+    type Make = fn(&mut Rng) -> Base;
+    let kinds: [(&str, Make, Style); 12] = [
+        ("dynamic", |rng| base(rng, Kind::Dynamic), STYLE),
+        ("child", |rng| base(rng, Kind::Child), STYLE),
+        ("long headers", long_headers, STYLE),
+        ("dynamic, nested", |rng| base(rng, Kind::Dynamic), NESTED),
+        ("junk, nested", with_junk, NESTED),
+        ("two pages, nested", two_pages, NESTED),
+        ("dynamic, chained", |rng| base(rng, Kind::Dynamic), CHAINED),
+        ("dynamic, flushes beside", |rng| base(rng, Kind::Dynamic), BESIDE),
+        ("child, busy", |rng| base(rng, Kind::Child), BUSY),
+        ("dirty, replayed", dirty, REPLAYED),
+        ("retired entry, replayed", retired_entry_over_payload, REPLAYED),
+        ("large, busy", |rng| base(rng, Kind::Large), BUSY),
+    ];
+    for (name, make, style) in kinds {
+        let bounds = Campaign { first_seed: 1000, distinct_max: Some(CONTROL_IMAGES), ..Campaign::default() };
+        let report = campaign(make, style, bounds);
+        println!("{name}: {} images, {} states", report.total().distinct, report.total().states);
+        report.expect_clean();
+        assert!(report.total().distinct >= CONTROL_IMAGES, "{name}\n{report}");
+    }
 }

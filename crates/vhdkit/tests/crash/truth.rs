@@ -37,14 +37,14 @@ pub(crate) fn active_sequence(
 }
 
 /// The newest entry's LastFileOffset holds everything that is mapped, and its FlushedFileOffset is no longer than the file
-/// (W-044).
+/// (W-044). Gives whether that entry goes on at the start of the ring.
 pub(crate) fn entries_tell_the_truth(
     storage: &Arc<dyn Storage>,
     header: &Header,
     parents: Option<&Arc<dyn ParentResolver>>,
-) -> std::result::Result<(), String> {
+) -> std::result::Result<bool, String> {
     if !header.is_dirty() {
-        return Ok(());
+        return Ok(false);
     }
     let active = active_sequence(storage.as_ref(), header)?;
     let Some(head) = active.as_ref().and_then(|active| active.head()) else {
@@ -71,5 +71,5 @@ pub(crate) fn entries_tell_the_truth(
     if head.flushed_file_offset > length {
         return Err(format!("the flushed file offset is {:#x} in a file of {length:#x}", head.flushed_file_offset));
     }
-    Ok(())
+    Ok(head.start + head.sectors > u64::from(header.log_length) / SECTOR)
 }

@@ -1,22 +1,28 @@
 //! A disk under test, and the steps that a program takes with it, also in the middle of other steps.
 
-use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+// By path: other tests use this module from elsewhere.
+#[path = "judge.rs"]
+mod judge;
+#[path = "steps.rs"]
+mod steps;
 
-use vhdkit::format::guid::Guid;
-use vhdkit::format::header::{HEADER_BYTES, Header, OFFSETS};
-use vhdkit::image::simulation::{BrokenRule, Phase, phase};
-use vhdkit::image::{BlockDevice, Image, OpenOptions, ParentResolver, WritePlan};
-use vhdkit::storage::Storage;
-use vhdkit::{Error, ErrorKind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{JoinHandle, ThreadId};
+
+use vhdkit::format::header::Header;
+use vhdkit::format::log::SECTOR as LOG_SECTOR;
+use vhdkit::image::simulation::{BrokenRule, Phase, phase, start_rings_at};
+use vhdkit::image::{BlockDevice, Image, OpenOptions, ParentResolver, ReadPlan, WritePlan};
 use vhdkit_testkit::rng::Rng;
 use vhdkit_testkit::sim::{
-    Case, CrashImage, Fault, FaultError, ImageJudge, Judge, Lab, PageMap, SectorHistory, Setup, SimHandle, Ticket,
-    frozen_parents, verify_image, verify_view,
+    Fault, FaultError, FlushTicket, Judge, Lab, OpInfo, OpKind, PageMap, ReadTicket, SectorHistory, Setup, SimHandle,
+    Ticket,
 };
 
 use crate::bases::Base;
-use crate::truth::entries_tell_the_truth;
+pub(crate) use judge::current_header;
+use judge::{CrashJudge, SessionStart, headers, judge_of};
 
 /// Bytes of what the simulator counts in.
 pub(crate) const SECTOR: u64 = 512;
@@ -34,56 +40,43 @@ pub(crate) struct Style {
     pub(crate) nested_percent: u64,
     /// Only in the middle of commits.
     pub(crate) nested_in_commits: bool,
-    /// Of a hundred crash images, how many are replayed in place.
+    /// In how many of a hundred such cases a block is given up, its space retired, and something else put there.
+    pub(crate) chain_percent: u64,
+    /// In how many of a hundred flushes another one, of another thread, is asked for in the middle of the commit.
+    pub(crate) follow_percent: u64,
+    /// Of a hundred crash images with a dirty log, how many are replayed in place.
     pub(crate) replay_percent: u64,
+    /// Of a hundred crash images, of how many either header copy is damaged.
+    pub(crate) damage_percent: u64,
     /// Second cuts in each of those.
     pub(crate) second_cuts: usize,
     /// A rule that is broken.
     pub(crate) broken: Option<BrokenRule>,
 }
 
-/// What the disk was when its session began.
-struct SessionStart {
-    data_write_guid: Guid,
-    history: SectorHistory,
+impl Style {
+    /// Ordinary programs.
+    pub(crate) const PLAIN: Self = Self {
+        steps: 40,
+        nested_percent: 20,
+        nested_in_commits: false,
+        chain_percent: 10,
+        follow_percent: 10,
+        replay_percent: 25,
+        damage_percent: 10,
+        second_cuts: 1,
+        broken: None,
+    };
 }
 
-/// Judges crash images: all that the simulator judges, and what only this format knows.
-pub(crate) struct CrashJudge {
-    inner: ImageJudge,
-    start: Mutex<Option<SessionStart>>,
-    witness: Option<Arc<dyn Judge>>,
+/// A plan to read that is open.
+struct HeldRead {
+    plan: ReadPlan,
+    ticket: ReadTicket,
 }
 
-impl Judge for CrashJudge {
-    fn judge(&self, image: &CrashImage, history: &SectorHistory, case: &mut Case) -> Result<(), String> {
-        verify_image(image, history, &self.inner, case)?;
-        let header = current_header(&*image.storage())?;
-        entries_tell_the_truth(&image.storage(), &header, self.inner.parents.as_ref())?;
-        // While the identity is the old one, so is the content: else a child would take a changed parent for its own.
-        if let Some(start) = lock(&self.start).as_ref()
-            && header.data_write_guid == start.data_write_guid
-        {
-            let old = verify_view(&image.storage(), &start.history, &self.inner);
-            old.map_err(|error| format!("the data write GUID is that of the session's start: {error}"))?;
-        }
-        self.witness.as_ref().map_or(Ok(()), |witness| witness.judge(image, history, case))
-    }
-}
-
-/// Both header copies, where they are valid.
-pub(crate) fn headers(storage: &dyn Storage) -> [Option<Header>; 2] {
-    OFFSETS.map(|offset| {
-        let mut bytes = [0; HEADER_BYTES];
-        storage.read_at(&mut bytes, offset).ok()?;
-        Header::decode(&bytes)
-    })
-}
-
-pub(crate) fn current_header(storage: &dyn Storage) -> Result<Header, String> {
-    let newest = headers(storage).into_iter().flatten().max_by_key(|header| header.sequence_number);
-    newest.ok_or_else(|| "no valid header".to_owned())
-}
+/// A flush of another thread.
+type Follower = (FlushTicket, JoinHandle<vhdkit::Result<()>>);
 
 /// A plan that is open, whose payload was written or not.
 struct Held {
@@ -105,6 +98,20 @@ pub(crate) struct Live {
     judge: Arc<CrashJudge>,
     image: Mutex<Option<Arc<Image>>>,
     plans: Mutex<Vec<Held>>,
+    reads: Mutex<Vec<HeldRead>>,
+    follower: Mutex<Option<Follower>>,
+    /// True while a flush of the program itself is under way.
+    is_flushing: AtomicBool,
+    /// True while something waits that a plan would stand in the way of.
+    no_plans: AtomicBool,
+    /// True while the image is open for reading only.
+    is_read_only: AtomicBool,
+    /// True while reads may go through the overlay of a dirty log: the session cannot start in the middle of one.
+    has_overlay: AtomicBool,
+    /// The block that the program's own step is about.
+    block: AtomicU64,
+    /// The program's thread. Another one that flushes beside it does nothing else.
+    thread: ThreadId,
     hook_rng: Mutex<Rng>,
     style: Style,
     error: Mutex<Option<String>>,
@@ -125,31 +132,21 @@ fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
 
+/// Where the next log begins in its ring: mostly shortly before its end, so that it soon goes on at the start.
+fn ring_start(rng: &mut Rng, sectors: u64) -> u64 {
+    match rng.below(4) {
+        0 => 0,
+        1 => rng.below(sectors.max(1)),
+        _ => sectors.saturating_sub(rng.between(1, 16)),
+    }
+}
+
 fn options(broken: Option<BrokenRule>, parents: Option<&Arc<dyn ParentResolver>>) -> OpenOptions {
     let options = OpenOptions::new().write(true).replay(true).break_rule(broken);
     match parents {
         Some(parents) => options.parents(Arc::clone(parents)),
         None => options,
     }
-}
-
-fn judge_of(base: &Base, style: &Style) -> Arc<CrashJudge> {
-    let parents = std::iter::successors(base.image.parent.as_deref(), |parent| parent.parent.as_deref());
-    let parents: Vec<CrashImage> = parents.map(|parent| CrashImage::new(PageMap::from(&parent.file))).collect();
-    let parents = Some(frozen_parents(parents));
-    let (broken, chain) = (style.broken, parents.clone());
-    let inner = ImageJudge {
-        parents,
-        tolerated: base.tolerated.clone(),
-        replay: Some(Arc::new(move |storage: Arc<dyn Storage>| {
-            let image = options(broken, chain.as_ref()).open(storage, None)?;
-            image.replay()?;
-            image.close()
-        })),
-        replay_percent: style.replay_percent,
-        second_cuts: style.second_cuts,
-    };
-    Arc::new(CrashJudge { inner, start: Mutex::new(None), witness: base.witness.clone() })
 }
 
 impl<'a> World<'a> {
@@ -174,9 +171,11 @@ impl<'a> World<'a> {
         // What was under way ends with the machine: nothing of it reaches the file any more.
         let storage = self.shared.sim.storage();
         storage.set_hook(None);
+        storage.set_read_hook(None);
         storage.set_observer(None);
         storage.set_fault(Some(Fault::nth(1, FaultError::EIO).persistent()));
         lock(&self.shared.plans).clear();
+        lock(&self.shared.reads).clear();
         lock(&self.shared.image).take();
         let mut history = self.shared.sim.history().clone();
         let view = OpenOptions::new();
@@ -227,6 +226,14 @@ impl Live {
             judge,
             image: Mutex::new(None),
             plans: Mutex::default(),
+            reads: Mutex::default(),
+            follower: Mutex::default(),
+            is_flushing: AtomicBool::new(false),
+            no_plans: AtomicBool::new(false),
+            is_read_only: AtomicBool::new(false),
+            has_overlay: AtomicBool::new(false),
+            block: AtomicU64::new(0),
+            thread: std::thread::current().id(),
             hook_rng: Mutex::new(Rng::new(rng.next_u64())),
             style,
             error: Mutex::new(None),
@@ -235,12 +242,14 @@ impl Live {
             blocks: base.blocks.clone(),
         });
         let weak: Weak<Self> = Arc::downgrade(&live);
-        live.sim.storage().set_hook(Some(Arc::new(move |info| {
+        let hook: vhdkit_testkit::sim::Hook = Arc::new(move |info| {
             trace(|| format!("      {info}"));
             if let Some(live) = weak.upgrade() {
-                live.nested();
+                live.nested(info);
             }
-        })));
+        });
+        live.sim.storage().set_hook(Some(Arc::clone(&hook)));
+        live.sim.storage().set_read_hook(Some(hook));
         live
     }
 
@@ -251,29 +260,67 @@ impl Live {
     fn open(&self, broken: Option<BrokenRule>) -> Result<(), String> {
         let storage = self.sim.storage();
         let header = current_header(&*storage)?;
-        *lock(&self.judge.start) =
-            Some(SessionStart { data_write_guid: header.data_write_guid, history: self.sim.history().clone() });
+        let start = SessionStart::new(&header, self.sim.history().clone(), &storage);
+        *lock(&self.judge.start) = Some(start);
+        self.has_overlay.store(header.is_dirty(), Ordering::Relaxed);
+        self.no_plans.store(false, Ordering::Relaxed);
+        let sectors = u64::from(header.log_length) / LOG_SECTOR;
+        start_rings_at(ring_start(&mut lock(&self.hook_rng), sectors));
         let opened = options(broken, self.judge.inner.parents.as_ref()).open(storage, None);
         *lock(&self.image) = Some(Arc::new(opened.map_err(text)?));
         Ok(())
     }
 
-    /// Something else, in the middle of an operation of the storage.
-    fn nested(&self) {
+    /// Something else, in the middle of an operation of the storage: often one step, else several.
+    fn nested(&self, info: &OpInfo) {
+        if std::thread::current().id() != self.thread {
+            return;
+        }
+        let in_commit = matches!(phase(), Phase::Log | Phase::Home | Phase::Retire);
+        if info.kind != OpKind::Read && !matches!(phase(), Phase::Start | Phase::Replay) {
+            self.has_overlay.store(false, Ordering::Relaxed);
+        }
+        let is_locked = info.kind == OpKind::Read && self.has_overlay.load(Ordering::Relaxed)
+            || self.is_read_only.load(Ordering::Relaxed);
         let mut rng = {
             let mut rng = lock(&self.hook_rng);
-            let here = !self.style.nested_in_commits || matches!(phase(), Phase::Log | Phase::Home | Phase::Retire);
-            if !here || !rng.chance(self.style.nested_percent) {
+            if is_locked || (self.style.nested_in_commits && !in_commit) || !rng.chance(self.style.nested_percent) {
                 return;
             }
             Rng::new(rng.next_u64())
         };
-        if let Err(error) = self.step(&mut rng, true) {
+        if let Err(error) = self.steps_between(&mut rng, info) {
             lock(&self.error).get_or_insert(format!("in between: {error}"));
         }
     }
 
+    fn steps_between(&self, rng: &mut Rng, info: &OpInfo) -> Result<(), String> {
+        let at_sync = info.kind == OpKind::Sync && !info.after && phase() == Phase::Log;
+        if at_sync && self.is_flushing.load(Ordering::Relaxed) && rng.chance(self.style.follow_percent) {
+            self.flush_beside(rng)?;
+        }
+        if rng.chance(self.style.chain_percent) {
+            return self.reuse_space(rng);
+        }
+        let count = if rng.below(3) == 0 { rng.between(2, 6) } else { 1 };
+        (0..count).try_for_each(|_| self.step(rng, true))
+    }
+
+    /// Ends what is held, and lets nothing else be held until the image is opened again.
+    fn end_plans_for_good(&self) {
+        self.no_plans.store(true, Ordering::Relaxed);
+        self.end_plans();
+    }
+
     fn end_plans(&self) {
+        let reads: Vec<HeldRead> = lock(&self.reads).drain(..).collect();
+        for read in reads {
+            if let (Some(image), None) = (self.image(), lock(&self.error).as_ref())
+                && let Err(error) = self.finish_read(&image, read)
+            {
+                lock(&self.error).get_or_insert(error);
+            }
+        }
         let held: Vec<Held> = lock(&self.plans).drain(..).collect();
         for held in held {
             if let Some(ticket) = held.ticket {
@@ -284,17 +331,18 @@ impl Live {
 
     /// Ends the session; nothing of it is left to be done.
     fn close(&self) -> Result<(), String> {
-        self.end_plans();
+        self.end_plans_for_good();
         self.sim.step("close");
         let Some(image) = self.image() else { return Ok(()) };
         let before = self.sim.storage().counts().operations();
         let flush = self.sim.history().start_flush();
         image.close().map_err(text)?;
         self.sim.history().finish_flush(flush);
+        lock(&self.image).take();
         if self.sim.storage().counts().operations() > before {
+            self.judge.judge_closed(&self.sim.storage().pages(), &self.sim.history())?;
             self.headers_agree()?;
         }
-        lock(&self.image).take();
         Ok(())
     }
 
@@ -316,7 +364,7 @@ impl Live {
     }
 
     fn drop_and_open(&self, broken: Option<BrokenRule>) -> Result<(), String> {
-        self.end_plans();
+        self.end_plans_for_good();
         self.sim.step("drop");
         let flush = self.sim.history().start_flush();
         let image = lock(&self.image).take();
@@ -326,241 +374,17 @@ impl Live {
     }
 
     fn reopen(&self, rng: &mut Rng) -> Result<(), String> {
-        self.end_plans();
+        self.end_plans_for_good();
         self.sim.step("reopen");
         let Some(image) = self.image() else { return Ok(()) };
         let flush = self.sim.history().start_flush();
         image.reopen(false).map_err(text)?;
         self.sim.history().finish_flush(flush);
-        self.read(rng, &image)?;
-        image.reopen(true).map_err(text)
-    }
-
-    /// One step. Nested ones never wait.
-    pub(crate) fn step(&self, rng: &mut Rng, nested: bool) -> Result<(), String> {
-        trace(|| format!("step nested={nested} phase={:?} ops={}", phase(), self.sim.storage().counts().operations()));
-        let Some(image) = self.image() else { return Ok(()) };
-        match rng.below(100) {
-            0..30 => self.write(rng, &image, nested),
-            30..35 => self.write_block(rng, &image, nested),
-            35..38 if !nested => self.write_through(rng, &image),
-            35..45 => self.zero(rng, &image, nested),
-            45..57 => self.discard(rng, &image, nested),
-            57..72 => self.flush(&image, nested),
-            72..82 => self.begin_plan(rng, &image),
-            82..94 => self.go_on_with_plan(rng),
-            _ => self.read(rng, &image),
-        }
-    }
-
-    /// A few sectors, often where something was before.
-    fn sectors(&self, rng: &mut Rng) -> Range<u64> {
-        let block = rng.pick(&self.blocks);
-        let start = block * self.block_bytes;
-        let per_block = (self.block_bytes / SECTOR).min((self.disk_bytes - start) / SECTOR);
-        let first = match rng.below(4) {
-            0 => 0,
-            1 => per_block - rng.between(1, 8).min(per_block),
-            2 => rng.below(64).min(per_block - 1),
-            _ => rng.below(per_block),
-        };
-        let first = start / SECTOR + first;
-        let count = match rng.below(6) {
-            0 => 1,
-            1..4 => rng.between(1, 8),
-            _ => rng.between(8, 33),
-        };
-        first..(first + count).min(self.disk_bytes / SECTOR)
-    }
-
-    fn whole_blocks(&self, rng: &mut Rng) -> Range<u64> {
-        let block = rng.pick(&self.blocks);
-        let end = (block + rng.between(1, 3)) * self.block_bytes;
-        block * self.block_bytes / SECTOR..end.min(self.disk_bytes) / SECTOR
-    }
-
-    /// What a step that might wait has come to: true when it was done.
-    fn done(&self, what: &str, ticket: Ticket, result: Result<bool, Error>) -> Result<bool, String> {
-        trace(|| format!("   {what} {ticket:?} {result:?}"));
-        match result {
-            Ok(true) => {
-                self.sim.history().finish(ticket);
-                Ok(true)
-            }
-            Ok(false) => {
-                self.sim.history().fail(ticket);
-                Ok(false)
-            }
-            Err(error) => {
-                self.sim.history().fail(ticket);
-                if error.kind() == ErrorKind::Busy { Ok(false) } else { Err(format!("{what}: {error}")) }
-            }
-        }
-    }
-
-    /// Does something that might wait. What stands in the way of a step that is not nested is a plan of this very thread.
-    fn attempt(&self, nested: bool, mut attempt: impl FnMut() -> Result<bool, Error>) -> Result<bool, Error> {
-        for _ in 0..if nested { 1 } else { 50 } {
-            if attempt()? {
-                return Ok(true);
-            }
-            if !nested {
-                self.end_plans();
-            }
-        }
-        Ok(false)
-    }
-
-    fn write_sectors(&self, image: &Image, sectors: Range<u64>, nested: bool) -> Result<(), String> {
-        trace(|| format!("write {sectors:?}"));
-        if !nested {
-            self.sim.step(format!("write {sectors:?}"));
-        }
-        let (ticket, bytes) = self.sim.history().start_write(sectors.start, sectors.end - sectors.start);
-        let offset = sectors.start * SECTOR;
-        let result = self.attempt(nested, || image.try_write_at(&bytes, offset));
-        self.done("write", ticket, result).map(|_| ())
-    }
-
-    fn write(&self, rng: &mut Rng, image: &Image, nested: bool) -> Result<(), String> {
-        self.write_sectors(image, self.sectors(rng), nested)
-    }
-
-    fn write_block(&self, rng: &mut Rng, image: &Image, nested: bool) -> Result<(), String> {
-        if self.block_bytes > 1 << 20 || (nested && rng.below(3) != 0) {
-            return self.write(rng, image, nested);
-        }
-        let block = rng.pick(&self.blocks);
-        let end = ((block + 1) * self.block_bytes).min(self.disk_bytes);
-        self.write_sectors(image, block * self.block_bytes / SECTOR..end / SECTOR, nested)
-    }
-
-    fn write_through(&self, rng: &mut Rng, image: &Image) -> Result<(), String> {
-        let sectors = self.sectors(rng);
-        self.sim.step(format!("write through {sectors:?}"));
-        let (ticket, bytes) = self.sim.history().start_write(sectors.start, sectors.end - sectors.start);
-        let written = self.attempt(false, || image.try_write_at(&bytes, sectors.start * SECTOR)).map_err(text)?;
-        image.flush().map_err(text)?;
-        if written {
-            self.sim.history().finish_through(ticket);
-        } else {
-            self.sim.history().fail(ticket);
-        }
+        self.is_read_only.store(true, Ordering::Relaxed);
+        self.read(rng, &image, false)?;
+        self.is_read_only.store(false, Ordering::Relaxed);
+        image.reopen(true).map_err(text)?;
+        self.no_plans.store(false, Ordering::Relaxed);
         Ok(())
-    }
-
-    fn zero(&self, rng: &mut Rng, image: &Image, nested: bool) -> Result<(), String> {
-        let sectors = if rng.below(2) == 0 { self.sectors(rng) } else { self.whole_blocks(rng) };
-        let unmap = rng.below(4) != 0;
-        trace(|| format!("zero {sectors:?} {unmap}"));
-        if !nested {
-            self.sim.step(format!("zero {sectors:?} {unmap}"));
-        }
-        let range = sectors.start * SECTOR..sectors.end * SECTOR;
-        let ticket = self.sim.history().start_zero(sectors);
-        let result = self.attempt(nested, || image.try_write_zeroes(range.clone(), unmap));
-        self.done("zero", ticket, result).map(|_| ())
-    }
-
-    fn discard(&self, rng: &mut Rng, image: &Image, nested: bool) -> Result<(), String> {
-        let sectors = self.whole_blocks(rng);
-        if !nested {
-            self.sim.step(format!("discard {sectors:?}"));
-        }
-        let range = sectors.start * SECTOR..sectors.end * SECTOR;
-        let ticket = self.sim.history().start_discard(sectors.clone());
-        let result = self.attempt(nested, || image.try_discard(range.clone()));
-        let done = self.done("discard", ticket, result)?;
-        if done && !nested {
-            self.observe(image, &sectors)?;
-        }
-        Ok(())
-    }
-
-    fn flush(&self, image: &Image, nested: bool) -> Result<(), String> {
-        if !nested {
-            self.sim.step("flush");
-        }
-        let flush = self.sim.history().start_flush();
-        let done = if nested { image.try_flush() } else { image.flush().map(|()| true) };
-        match done {
-            Ok(true) => {
-                trace(|| "   flushed".to_owned());
-                self.sim.history().finish_flush(flush)
-            }
-            Ok(false) => {}
-            Err(error) => return Err(format!("flush: {error}")),
-        }
-        Ok(())
-    }
-
-    fn begin_plan(&self, rng: &mut Rng, image: &Image) -> Result<(), String> {
-        if lock(&self.plans).len() >= 4 {
-            return self.go_on_with_plan(rng);
-        }
-        let unit = u64::from(image.logical_sector_size()) / SECTOR;
-        let sectors = self.sectors(rng);
-        let sectors = sectors.start / unit * unit..sectors.end.next_multiple_of(unit);
-        match image.try_plan_write(sectors.start * SECTOR..sectors.end * SECTOR) {
-            Ok(Some(plan)) => lock(&self.plans).push(Held { plan, ticket: None }),
-            Ok(None) => {}
-            Err(error) if error.kind() == ErrorKind::Busy => {}
-            Err(error) => return Err(format!("plan: {error}")),
-        }
-        Ok(())
-    }
-
-    /// Writes the payload of a plan, or ends it.
-    fn go_on_with_plan(&self, rng: &mut Rng) -> Result<(), String> {
-        let held = {
-            let mut plans = lock(&self.plans);
-            if plans.is_empty() {
-                return Ok(());
-            }
-            let which = rng.below(plans.len() as u64);
-            plans.swap_remove(usize::try_from(which).map_err(text)?)
-        };
-        let Held { plan, ticket } = held;
-        match ticket {
-            None => {
-                let range = plan.range();
-                let sectors = range.start / SECTOR..range.end / SECTOR;
-                let (ticket, bytes) = self.sim.history().start_write(sectors.start, sectors.end - sectors.start);
-                plan.storage().write_at(&bytes, plan.file_offset()).map_err(text)?;
-                lock(&self.plans).push(Held { plan, ticket: Some(ticket) });
-            }
-            Some(ticket) => match rng.below(8) {
-                0 => {
-                    drop(plan);
-                    self.sim.history().fail(ticket);
-                }
-                1 => {
-                    plan.abandon();
-                    self.sim.history().fail(ticket);
-                }
-                _ => match plan.complete() {
-                    Ok(()) => self.sim.history().finish(ticket),
-                    Err(error) => return Err(format!("complete: {error}")),
-                },
-            },
-        }
-        Ok(())
-    }
-
-    fn observe(&self, image: &Image, sectors: &Range<u64>) -> Result<(), String> {
-        let mut first = sectors.start;
-        while first < sectors.end {
-            let count = (sectors.end - first).min(2048);
-            let mut bytes = vec![0; usize::try_from(count * SECTOR).map_err(text)?];
-            image.read_at(&mut bytes, first * SECTOR).map_err(text)?;
-            self.sim.history().observe_run(first, &bytes).map_err(|error| format!("reading: {error}"))?;
-            first += count;
-        }
-        Ok(())
-    }
-
-    fn read(&self, rng: &mut Rng, image: &Image) -> Result<(), String> {
-        let sectors = self.sectors(rng);
-        self.observe(image, &sectors)
     }
 }

@@ -30,8 +30,7 @@ use crate::world::{Style, World, current_header};
 const PER_PHASE: usize = 24;
 const PHASES: [&str; 7] = ["start", "payload", "log", "home", "retire", "replay", "close"];
 const PROGRAMS: u64 = 34;
-const STYLE: Style =
-    Style { steps: 40, nested_percent: 8, nested_in_commits: false, replay_percent: 0, second_cuts: 0, broken: None };
+const STYLE: Style = Style { nested_percent: 8, replay_percent: 0, damage_percent: 0, second_cuts: 0, ..Style::PLAIN };
 
 /// A disk that QEMU takes long to read.
 const LARGE: u64 = 1100 * MIB;
