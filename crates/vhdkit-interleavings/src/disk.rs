@@ -117,19 +117,23 @@ impl Disk {
         self.0.lock().unwrap().open = false;
     }
 
-    /// What a power cut leaves now: what was synced, and of the rest nothing, all, or any part.
+    /// Some of what a power cut can leave at this moment: what was synced, and of the rest nothing, all, or any part.
     #[must_use]
-    pub fn cut(&self) -> PageMap {
+    pub fn cuts(&self, count: usize) -> Vec<PageMap> {
         let state = self.0.lock().unwrap();
-        let mut pages = state.durable.clone();
         let mut random = shuttle::rand::thread_rng();
-        let keep = random.gen_range(0..3);
-        for change in &state.pending {
-            if keep == 1 || (keep == 2 && random.r#gen()) {
-                change.apply(&mut pages);
-            }
-        }
-        pages
+        (0..count)
+            .map(|_| {
+                let mut pages = state.durable.clone();
+                let chance = [0.0, 0.5, 1.0][random.gen_range(0..3)];
+                for change in &state.pending {
+                    if random.gen_bool(chance) {
+                        change.apply(&mut pages);
+                    }
+                }
+                pages
+            })
+            .collect()
     }
 }
 

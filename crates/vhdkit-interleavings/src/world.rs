@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shuttle::rand::Rng as _;
+use shuttle::sync::{Condvar, Mutex};
 use shuttle::thread;
 use vhdkit::image::BlockDevice as _;
 use vhdkit_testkit::builder::{BlockSpec, BuiltImage, ImageBuilder};
@@ -51,6 +52,10 @@ pub enum Act {
     TryFlush,
     /// Reads everybody's sectors.
     Read,
+    /// Lets those go on who wait for this.
+    Mark,
+    /// Waits until somebody marks that it is time.
+    Await,
     /// The power fails at this moment; what is left is looked at.
     Cut,
     /// Reads a sector of its own block by a plan, and looks again when others had their turn.
@@ -167,11 +172,12 @@ impl World {
         if let Some(fault) = self.fault {
             disk.fail(fault);
         }
+        let all = (Arc::clone(&image), Arc::clone(&disk), Arc::<Mark>::default());
         let threads: Vec<_> = programs
             .iter()
             .enumerate()
             .map(|(number, program)| {
-                let mut hand = Hand::new(self, &image, &disk, number as u64, programs.len() as u64);
+                let mut hand = Hand::new(self, &all, number as u64, programs.len() as u64);
                 let program = program.to_vec();
                 thread::spawn(move || {
                     program.into_iter().for_each(|act| hand.act(act));
@@ -179,6 +185,7 @@ impl World {
                 })
             })
             .collect();
+        drop(all);
         // The thread that holds the plans ends them one by one; who waits for their pages goes on then.
         plans.into_iter().for_each(|plan| {
             thread::yield_now();
@@ -206,18 +213,18 @@ impl World {
         }
         let closed = image.close_within(LONG);
         drop(image);
-        let left = CrashImage::new(disk.cut()).storage();
+        let left = CrashImage::new(disk.cuts(1)[0].clone()).storage();
         match closed {
             Ok(()) => {
                 let report = vhdkit::ops::check::check(&left, None, &vhdkit::ops::check::CheckOptions::default(), &());
                 let report = report.unwrap();
                 assert_eq!((report.errors, report.warnings), (0, 0), "{:#?}", report.findings);
                 assert!(report.summary.unwrap().replay.is_none(), "the log is clean");
-                self.look(&disk.cut(), known.iter(), "closed");
+                self.look(&disk.cuts(1)[0], known.iter(), "closed");
             }
             Err(error) => {
                 assert!(self.fault.is_some(), "closing: {error}");
-                self.look(&disk.cut(), kept.iter(), "not closed");
+                self.look(&disk.cuts(1)[0], kept.iter(), "not closed");
             }
         }
     }
@@ -265,11 +272,16 @@ fn stamp(sector: u64, version: u64) -> [u8; SECTOR as usize] {
     bytes
 }
 
+/// Whether it is time.
+type Mark = (Mutex<bool>, Condvar);
+
 /// One thread.
 struct Hand {
     world: World,
     image: Arc<Image>,
     disk: Arc<Disk>,
+    mark: Arc<Mark>,
+    /// Its sector of the shared block.
     shared: u64,
     /// The first sector of its own block.
     block: u64,
@@ -283,14 +295,14 @@ struct Hand {
 }
 
 impl Hand {
-    fn new(world: &World, image: &Arc<Image>, disk: &Arc<Disk>, number: u64, threads: u64) -> Self {
+    fn new(world: &World, shared: &(Arc<Image>, Arc<Disk>, Arc<Mark>), number: u64, threads: u64) -> Self {
+        let (image, disk, mark) = shared.clone();
         let of_block = world.block / SECTOR;
         let all = (0..threads).flat_map(|number| [number * 3, (1 + number) * of_block]).collect();
         let (shared, block) = (number * 3, (1 + number) * of_block);
         let own: Own = [(shared, vec![world.untouched]), (block, vec![world.untouched])].into();
         let kept = own.clone();
-        let (image, disk) = (Arc::clone(image), Arc::clone(disk));
-        Self { world: world.clone(), image, disk, shared, block, all, version: 0, own, kept }
+        Self { world: world.clone(), image, disk, mark, shared, block, all, version: 0, own, kept }
     }
 
     fn next(&mut self) -> u64 {
@@ -364,6 +376,11 @@ impl Hand {
             }
             Act::Read => self.read(),
             Act::Cut => self.cut(),
+            Act::Mark => {
+                *self.mark.0.lock().unwrap() = true;
+                self.mark.1.notify_all();
+            }
+            Act::Await => drop(self.mark.1.wait_while(self.mark.0.lock().unwrap(), |marked| !*marked).unwrap()),
             Act::ReadPlan => self.read_plan(),
             Act::ReadOnly => self.end(|image| image.reopen(false)),
             Act::Writable => self.end(|image| image.reopen(true)),
@@ -401,7 +418,7 @@ impl Hand {
         match result {
             Ok(true) => {
                 self.kept.clone_from(&self.own);
-                self.world.look(&self.disk.cut(), self.own.iter(), "a power cut after a flush");
+                self.world.look(&self.disk.cuts(1)[0], self.own.iter(), "a power cut after a flush");
             }
             Ok(false) => {}
             Err(error) => assert!(self.world.fault.is_some(), "{error}"),
@@ -410,7 +427,11 @@ impl Hand {
 
     fn cut(&self) {
         let everything: Own = self.all.iter().map(|sector| (*sector, Vec::new())).collect();
-        self.world.look(&self.disk.cut(), everything.iter().chain(&self.kept), "a power cut");
+        // One look is a single step, and the others take many.
+        (0..shuttle::rand::thread_rng().gen_range(0..60)).for_each(|_| thread::yield_now());
+        for pages in self.disk.cuts(4) {
+            self.world.look(&pages, everything.iter().chain(&self.kept), "a power cut");
+        }
     }
 
     fn read(&self) {

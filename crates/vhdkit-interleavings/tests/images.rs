@@ -11,8 +11,8 @@ use shuttle::{Config, Runner};
 use vhdkit_interleavings::disk::{Call, Fault};
 use vhdkit_interleavings::image::simulation::BrokenRule;
 use vhdkit_interleavings::world::Act::{
-    Abandon, Close, Cut, Discard, Flush, Plan, Read, ReadOnly, ReadPlan, TryClose, TryFlush, Writable, Write,
-    WriteHalves, WriteOwn, Zero,
+    Abandon, Await, Close, Cut, Discard, Flush, Mark, Plan, Read, ReadOnly, ReadPlan, TryClose, TryFlush, Writable,
+    Write, WriteHalves, WriteOwn, Zero,
 };
 use vhdkit_interleavings::world::{Act, World};
 
@@ -115,26 +115,29 @@ fn a_failure_costs_nothing_that_was_flushed() {
 }
 
 /// Space of the thread's own block comes into use for the shared one, with the same sector of it.
-const REUSES: &[Act] = &[WriteOwn, Flush, Discard, Flush, Flush, Write, Flush];
+const REUSES: &[Act] = &[WriteOwn, Flush, Discard, Flush, Flush, Mark, Write, Flush];
 
 #[test]
 fn space_changes_hands() {
     for world in [World::dynamic(), World::child()] {
-        run(&world, &[REUSES, &[WriteOwn, Flush], &[Cut, Read, Cut, Read]]);
+        run(&world, &[REUSES, &[Await, WriteOwn, Flush], &[Await, Cut, Read, Cut, Read]]);
+        run(
+            &world,
+            &[REUSES, &[WriteOwn, Flush, Await, Discard, Flush, WriteOwn, Flush], &[Await, ReadPlan, ReadPlan]],
+        );
     }
 }
 
 #[test]
 #[should_panic(expected = "sector 0 holds another one")]
-fn pages_taken_after_the_sync_are_caught() {
-    let world = World::dynamic().breaking(BrokenRule::TakeAfterSync);
-    control(world, &[REUSES, &[WriteOwn, Flush], &[Cut, Cut, Cut]]);
+fn an_entry_that_is_logged_before_its_payload_is_durable_is_caught() {
+    control(World::dynamic().breaking(BrokenRule::LogBeforeData), &[REUSES, &[Await, Cut, Cut, Cut, Cut]]);
 }
 
 #[test]
 #[should_panic(expected = "sector 0 holds another one")]
 fn a_first_write_that_is_published_before_its_payload_is_caught() {
-    control(World::dynamic().breaking(BrokenRule::PublishBeforeData), &[REUSES, &[Read, Read, Read, Read]]);
+    control(World::dynamic().breaking(BrokenRule::PublishBeforeData), &[REUSES, &[Await, Read, Read, Read, Read]]);
 }
 
 #[test]
