@@ -427,8 +427,8 @@ impl Hand {
 
     fn cut(&self) {
         let everything: Own = self.all.iter().map(|sector| (*sector, Vec::new())).collect();
-        // One look is a single step, and the others take many.
-        (0..shuttle::rand::thread_rng().gen_range(0..60)).for_each(|_| thread::yield_now());
+        // A look is a single step. The others take many: to copy a page of the BAT is 512.
+        (0..shuttle::rand::thread_rng().gen_range(0..800)).for_each(|_| thread::yield_now());
         for pages in self.disk.cuts(4) {
             self.world.look(&pages, everything.iter().chain(&self.kept), "a power cut");
         }
