@@ -82,7 +82,7 @@ impl State {
     }
 
     fn change(&mut self, change: Change) {
-        assert!(self.open, "written after the session ended: {change:?}");
+        assert!(self.open, "written after the session ended");
         change.apply(&mut self.now);
         self.pending.push(change);
     }

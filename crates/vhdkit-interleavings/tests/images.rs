@@ -148,10 +148,3 @@ fn space_that_is_given_out_at_once_is_caught() {
         &[&[WriteOwn, Flush, Discard, Write, Cut], &[Read, Read]],
     );
 }
-
-#[test]
-#[should_panic(expected = "sector 0 holds another one")]
-fn pages_that_are_taken_after_the_sync_are_caught() {
-    let world = World::dynamic().breaking(BrokenRule::TakeAfterSync);
-    control(world, &[REUSES, &[WriteOwn, Await, Flush], &[Await, Cut, Cut, Cut, Cut]]);
-}
