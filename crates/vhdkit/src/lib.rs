@@ -65,6 +65,7 @@ pub mod format;
 pub mod image;
 pub mod ops;
 pub mod storage;
+mod sync;
 pub mod text;
 pub mod units;
 

@@ -9,14 +9,13 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::view::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat::{BITMAP_PRESENT, BatEntry, BatRules};
 use crate::format::finding::Finding;
 use crate::format::geometry::BatSlot;
+use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, OnceLock, Ordering, PoisonError};
 use crate::units::{BatIndex, BlockIndex, ChunkIndex, FileOffset};
 
 /// Entries of a page.

@@ -12,7 +12,6 @@
 //! Nothing that a reader or a commit sees changes before [`Shared::finish`], which does no I/O.
 
 use std::ops::Range;
-use std::sync::PoisonError;
 
 use super::Shared;
 use super::bat::{bitmap_page_offset, page_of};
@@ -25,6 +24,7 @@ use super::writer::{Keys, Meta, NewBitmap, PageKey, Reserved, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat::{BITMAP_PRESENT, BatEntry, PayloadState};
 use crate::format::geometry::BITMAP_BLOCK_BYTES;
+use crate::sync::PoisonError;
 use crate::units::{BatIndex, BlockIndex, ChunkIndex, FileOffset, GuestOffset, MIB, round_up};
 
 /// The file grows by at least so much: one change of length for many blocks.

@@ -14,7 +14,6 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::Shared;
@@ -30,6 +29,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{Header, Headers};
 use crate::format::log::{PageToLog, SECTOR};
 use crate::storage::Storage;
+use crate::sync::Ordering;
 use crate::units::MIB;
 
 /// How long a commit waits for reads and writes that may still use freed space, before it leaves that for the next.

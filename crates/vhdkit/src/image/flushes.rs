@@ -9,8 +9,8 @@
 //! Those who follow wait here and not for the commit lock: that one is held through a sync, and handed on to one thread
 //! at a time, also to those whom the last commit has satisfied.
 
-use super::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, PoisonError};
 use super::tokens::Wait;
+use crate::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, PoisonError};
 
 #[derive(Debug, Default)]
 struct State {

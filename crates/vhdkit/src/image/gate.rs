@@ -18,7 +18,7 @@
 
 use std::time::Duration;
 
-use super::sync::{AtomicUsize, Mutex, MutexGuard, Ordering, Patience, PoisonError, STRIPES};
+use crate::sync::{AtomicUsize, Mutex, MutexGuard, Ordering, Patience, PoisonError, STRIPES};
 
 /// The counts of one group, on cache lines of their own.
 #[derive(Debug, Default)]

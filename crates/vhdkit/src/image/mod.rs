@@ -25,15 +25,13 @@ pub mod simulation;
 #[cfg(not(feature = "simulation"))]
 mod simulation;
 mod space;
-mod sync;
 mod tokens;
 mod view;
 mod write;
 mod writer;
 
 use std::ops::Range;
-use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use device::{BlockDevice, Extent, ExtentKind, VisitExtent};
@@ -51,6 +49,7 @@ use crate::format::geometry::Geometry;
 use crate::format::guid::Guid;
 use crate::format::metadata::DiskType;
 use crate::storage::Storage;
+use crate::sync::{AtomicUsize, Mutex, OnceLock};
 use crate::units::{BlockIndex, GuestOffset};
 use admission::Admission;
 use bitmap::BitmapKey;

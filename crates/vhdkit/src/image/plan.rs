@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 
 use super::Shared;
 use super::bat::bitmap_page_offset;
@@ -15,6 +14,7 @@ use super::writer::{Writer, read_only};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat::PayloadState;
 use crate::storage::Storage;
+use crate::sync::{Ordering, fence};
 use crate::units::{BlockIndex, GuestOffset};
 
 /// Where some bytes of a planned read are.

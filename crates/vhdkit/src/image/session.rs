@@ -1,7 +1,6 @@
 //! A session of writing: how it starts with the first change, and how it ends.
 
-use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, MutexGuard, TryLockError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Shared;
@@ -14,6 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::finding::Code;
 use crate::format::guid::Guid;
 use crate::format::log::{Change, SECTOR, find_active_sequence};
+use crate::sync::{MutexGuard, Ordering, TryLockError, fence};
 
 /// How long closing waits for operations and plans under way, unless told otherwise.
 pub(super) const CLOSE_WAIT: Duration = Duration::from_secs(60);

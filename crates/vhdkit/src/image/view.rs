@@ -5,13 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::format::bat::FileSize;
 use crate::format::log::{Change, SECTOR, SECTOR_BYTES, page};
 use crate::storage::Storage;
+use crate::sync::{AtomicBool, AtomicU64, Ordering, PoisonError, RwLock};
 
 /// What the log puts into a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

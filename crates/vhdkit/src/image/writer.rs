@@ -11,8 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::{Deref, DerefMut, Range};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::bitmap::BitmapKey;
@@ -24,6 +23,9 @@ use super::space::{Given, Space};
 use super::tokens::{Tokens, Wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::Header;
+use crate::sync::{
+    AtomicBool, AtomicU8, AtomicU64, Condvar, Mutex, MutexGuard, OnceLock, Ordering, PoisonError, TryLockError,
+};
 use crate::units::ChunkIndex;
 
 /// Bytes of a page of metadata.
@@ -306,8 +308,8 @@ impl Writer {
             Wait::Yes => self.commit.lock().unwrap_or_else(PoisonError::into_inner),
             Wait::No => match self.commit.try_lock() {
                 Ok(commit) => commit,
-                Err(std::sync::TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-                Err(std::sync::TryLockError::WouldBlock) => return None,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => return None,
             },
         };
         Some(CommitGuard { writer: self, guard })

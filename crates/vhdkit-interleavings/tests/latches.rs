@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "test code")]
 
 use shuttle::{check_dfs, check_pct, check_random};
-use vhdkit_interleavings::models::Wanted::{Alone, Change, Neighbour, TryAlone, Use};
-use vhdkit_interleavings::models::{Commit, Reader, Wanted, flushes, gate, tokens};
+use vhdkit_interleavings::latches::Wanted::{Alone, Change, Neighbour, TryAlone, Use};
+use vhdkit_interleavings::latches::{Commit, Reader, Wanted, flushes, gate, tokens};
 
 /// Orders of programs that have too many to try all.
 const ORDERS: usize = 10_000;

@@ -1,36 +1,36 @@
-//! What the latches are made of: locks, counters, and patience.
+//! What an image is shared with: locks, counters, and patience.
 //!
-//! `crates/vhdkit-interleavings` compiles `gate.rs`, `tokens.rs` and `flushes.rs` with another module in place of this
-//! one, whose threads run in every order.
+//! Everything under `image` takes them from here. `crates/vhdkit-interleavings` compiles the library with another module in
+//! place of this one, whose threads run in chosen orders.
 
-pub(super) use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-pub(super) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
+pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 /// Groups of threads that count on cache lines of their own.
-pub(super) const STRIPES: usize = 16;
+pub(crate) const STRIPES: usize = 16;
 /// How often something is looked at before the thread sleeps in between.
 const SPINS: u32 = 200;
 
 /// Waits for something short, up to some time.
 #[derive(Debug)]
-pub(super) struct Patience {
+pub(crate) struct Patience {
     deadline: Instant,
     spins: u32,
 }
 
 impl Patience {
-    pub(super) fn new(wait: Duration) -> Self {
+    pub(crate) fn new(wait: Duration) -> Self {
         Self { deadline: Instant::now() + wait, spins: 0 }
     }
 
     /// Begins to wait for something else, up to the same time.
-    pub(super) fn begin(&mut self) {
+    pub(crate) fn begin(&mut self) {
         self.spins = 0;
     }
 
     /// Waits a little; false when the time is over.
-    pub(super) fn pause(&mut self) -> bool {
+    pub(crate) fn pause(&mut self) -> bool {
         self.spins += 1;
         if self.spins < SPINS {
             std::hint::spin_loop();
