@@ -153,10 +153,27 @@ impl Disk {
                 _ => image.flush().unwrap(),
             }
         }
+        // One last pattern, for qemu-io to find again.
+        let range = self.range(300 << 10);
+        let byte = self.rng.between(1, 255) as u8;
+        let bytes = vec![byte; (range.end - range.start) as usize];
+        image.write_at(&bytes, range.start).unwrap();
+        self.array.write(range.start, &bytes);
         // A session that is not closed ends well too.
         if self.rng.below(4) != 0 {
             image.close().unwrap();
         }
+        drop(image);
+        self.qemu_reads(byte, &range);
+    }
+
+    /// QEMU reads a pattern that we wrote.
+    fn qemu_reads(&self, byte: u8, range: &Range<u64>) {
+        let command = format!("read -P {byte} {} {}", range.start, range.end - range.start);
+        let output = run_tool("qemu-io", &["-r", "-f", "vhdx", "-c", &command, text(&self.path)]);
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(printed.contains("read ") && !printed.contains("Pattern verification failed"), "{command}: {printed}");
+        assert_success(&output);
     }
 
     fn judge(&mut self, who: &str) {
