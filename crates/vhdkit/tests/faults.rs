@@ -51,9 +51,11 @@ enum Step {
     Flush,
     /// Closes and opens again.
     Reopen,
+    /// The live image stops writing and begins again.
+    Pause,
 }
 
-use Step::{Discard, DropPlan, Flush, Plan, Reopen, Through, Write, Zero};
+use Step::{Discard, DropPlan, Flush, Pause, Plan, Reopen, Through, Write, Zero};
 
 /// Sectors of a MiB.
 const M: u64 = 2048;
@@ -78,8 +80,9 @@ impl Scene {
     }
 
     fn parents(&self) -> Option<Arc<dyn vhdkit::image::ParentResolver>> {
-        let parent = self.top.parent.as_ref()?;
-        Some(frozen_parents(vec![CrashImage::new(sim(&parent.file).pages())]))
+        let parents = std::iter::successors(self.top.parent.as_deref(), |parent| parent.parent.as_deref());
+        let parents: Vec<CrashImage> = parents.map(|parent| CrashImage::new(sim(&parent.file).pages())).collect();
+        (!parents.is_empty()).then(|| frozen_parents(parents))
     }
 
     fn open(&self, storage: Arc<dyn Storage>) -> Result<Image> {
@@ -178,6 +181,67 @@ fn child_without_bitmap() -> Scene {
     Scene::new("no bitmap", top, None, steps)
 }
 
+/// Sectors of 4096 bytes, in a child of a child; writes of parts of them too.
+fn grandchild_with_large_sectors() -> Scene {
+    let large = |size| ImageBuilder::new(size, 1 << 20).sector_sizes(4096, 4096);
+    let base = blocks(large(20 * MIB).named("base.vhdx"), &[0, 1, 2, 3]).build();
+    let middle = large(22 * MIB)
+        .differencing(&Arc::new(base))
+        .block(1, BlockSpec::partial(Content::pattern(5), SectorMask::random(5, 9, 40)))
+        .named("middle.vhdx")
+        .build();
+    let top = large(24 * MIB).differencing(&Arc::new(middle)).block(5, BlockSpec::present(Content::Fill(9))).build();
+    let steps = vec![
+        Write(M + 8, 16),
+        Flush,
+        Write(3 * M + 3, 2), // a part of one sector
+        Write(2 * M - 5, 12),
+        Plan(7 * M + 8, 8),
+        Flush,
+        Zero(M..2 * M, true),
+        Discard(5 * M..6 * M),
+        Through(9 * M, M),
+        DropPlan(10 * M, 8),
+        Zero(12 * M + 8..12 * M + 80, false),
+        Pause,
+        Write(13 * M + 1, 1),
+        Flush,
+        Reopen,
+    ];
+    Scene::new("4096", top, None, steps)
+}
+
+fn fixed() -> Scene {
+    let builder = ImageBuilder::new(8 * MIB, 1 << 20).fixed();
+    let top = (0..8).fold(builder, |builder, block| builder.pattern_block(block, block + 1)).build();
+    let mut steps = vec![Write(3, 8), Flush, Write(2 * M - 4, 9), Zero(3 * M..5 * M, true), Discard(0..2 * M)];
+    steps.extend([Flush, Through(6 * M + 1, 3), Plan(7 * M, 16), DropPlan(5 * M, 4), Pause]);
+    steps.extend((0..8).map(|block| Write(block * M + 77, 2)));
+    steps.extend([Zero(M + 3..M + 9, false), Flush, Reopen, Write(5 * M, 1), Flush, Reopen]);
+    Scene::new("fixed", top, None, steps)
+}
+
+fn large_blocks() -> Scene {
+    let builder = ImageBuilder::new(5 * 32 * MIB, 32 << 20);
+    let top = builder.block(1, BlockSpec::present(Content::Sparse { seed: 1, stride: 400 })).build();
+    let steps = vec![
+        Write(5, 20),
+        Write(64 * M - 3, 9),
+        Flush,
+        Discard(32 * M..64 * M),
+        Flush,
+        Write(100 * M, 7),
+        Zero(0..32 * M, true),
+        Flush,
+        Plan(130 * M, 8),
+        Pause,
+        Write(40 * M, 2),
+        Flush,
+        Reopen,
+    ];
+    Scene::new("large blocks", top, None, steps)
+}
+
 /// A run of a program.
 struct Run<'a> {
     scene: &'a Scene,
@@ -238,6 +302,10 @@ impl<'a> Run<'a> {
                 (Asked::Request(ticket), self.image().discard(range.start * 512..range.end * 512))
             }
             Flush => (Asked::Flush(self.history.start_flush()), self.image().flush()),
+            Pause => {
+                let flush = self.history.start_flush();
+                (Asked::Flush(flush), self.image().reopen(false).and_then(|()| self.image().reopen(true)))
+            }
             Reopen => {
                 let flush = self.history.start_flush();
                 let done = self.image().close();
@@ -247,7 +315,13 @@ impl<'a> Run<'a> {
                 (Asked::Flush(flush), done)
             }
         };
-        match (asked, &done) {
+        self.note(asked, &done);
+        done
+    }
+
+    /// The history learns how a step has ended.
+    fn note(&mut self, asked: Asked, done: &Result<()>) {
+        match (asked, done) {
             (Asked::Request(ticket), Ok(())) => self.history.finish(ticket),
             (Asked::Through(ticket), Ok(())) => self.history.finish_through(ticket),
             (Asked::Flush(flush), Ok(())) => self.history.finish_flush(flush),
@@ -256,7 +330,6 @@ impl<'a> Run<'a> {
             }
             (Asked::Flush(_), _) => {}
         }
-        done
     }
 
     /// Reads give what is current, whatever has failed.
@@ -412,7 +485,8 @@ fn run_with(scene: &Scene, name: String, fault: Fault, errno: Errno) -> bool {
         if let Err(error) = again {
             assert_eq!(error.kind(), ErrorKind::Poisoned, "{context}: then {error}");
             let writes = run.sim.counts().operations();
-            for refused in [Write(0, 1), Write(M, 2), Zero(0..M, true), Discard(0..M), Flush, Reopen, Plan(0, 4)] {
+            for refused in [Write(0, 1), Write(M, 2), Zero(0..M, true), Discard(0..M), Flush, Reopen, Pause, Plan(0, 8)]
+            {
                 let refused = run.step(&refused).unwrap_err();
                 assert_eq!(refused.kind(), ErrorKind::Poisoned, "{context}: {refused}");
             }
@@ -453,8 +527,10 @@ fn each_operation_fails(scene: &Scene, what: &str, errno: Errno, change: impl Fn
     }
 }
 
-fn scenes() -> [Scene; 4] {
-    [dynamic(), dirty(), child(), child_without_bitmap()]
+fn scenes() -> [Scene; 7] {
+    let special = [grandchild_with_large_sectors(), fixed(), large_blocks()];
+    let [first, second, third] = special;
+    [dynamic(), dirty(), child(), child_without_bitmap(), first, second, third]
 }
 
 #[test]
@@ -469,8 +545,10 @@ fn every_operation_finds_the_disk_full() {
 
 #[test]
 fn every_operation_is_cut_short() {
-    for (scene, errno) in scenes().iter().zip([Errno::IO, Errno::NOSPC, Errno::NOSPC, Errno::IO]) {
-        each_operation_fails(scene, "short", errno, |fault| fault.after(Effect::First(512)));
+    for (number, scene) in (0..).zip(scenes().iter()) {
+        let errno = if number % 3 == 0 { Errno::IO } else { Errno::NOSPC };
+        let bytes = 512 * (1 + number * 5 % 11);
+        each_operation_fails(scene, "short", errno, |fault| fault.after(Effect::First(bytes)));
     }
 }
 
@@ -483,10 +561,12 @@ fn every_operation_succeeds_and_says_it_failed() {
 /// From the n-th operation on nothing works any more, not even the end of the session.
 #[test]
 fn nothing_works_from_some_operation_on() {
-    for scene in [dynamic(), child()] {
+    let with = |errno| move |scene| (scene, errno);
+    let full = [dynamic(), child(), large_blocks()].map(with(Errno::NOSPC));
+    for (scene, errno) in [dynamic(), child(), fixed()].map(with(Errno::IO)).into_iter().chain(full) {
         for n in 1.. {
             let mut run = Run::new(&scene, format!("{}, dead at {n}", scene.name));
-            run.faulty.arm(Fault::new(n, Errno::IO).from_then_on());
+            run.faulty.arm(Fault::new(n, errno).from_then_on());
             let mut ended = false;
             for step in &scene.steps {
                 if let Err(error) = run.step(step) {

@@ -1,5 +1,5 @@
 //! More bugs of other writers as tests named after them: metadata that is written past the log, headers that are updated in place,
-//! queues that allocate at once.
+//! queues that allocate at once, replays in place that shorten the file or mind no order.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -19,8 +19,9 @@ use vhdkit::format::guid::Guid;
 use vhdkit::format::header::{HEADER_BYTES, Header, OFFSETS};
 use vhdkit::image::{BlockDevice, Image, OpenOptions};
 use vhdkit::storage::{MemoryStorage, Storage};
-use vhdkit_testkit::ImageBuilder;
+use vhdkit_testkit::dirty::edit_header;
 use vhdkit_testkit::sim::{CrashImage, OpKind, Sampling, SimStorage};
+use vhdkit_testkit::{BlockSpec, BuiltImage, Content, DescriptorSpec, DirtyPlan, ImageBuilder, LogEntrySpec, LogRing};
 use write_support::watched::sim;
 use write_support::{assert_clean, load};
 
@@ -163,4 +164,84 @@ fn discutils_every_session_that_changes_the_disk_has_a_new_data_write_guid() {
     }
     let memory: MemoryStorage = load(&storage.pages().to_sparse());
     assert_clean("sessions", &(Arc::new(memory) as Arc<dyn Storage>));
+}
+
+/// Makes an image dirty by one entry.
+fn with_entry(mut image: BuiltImage, change: impl FnOnce(LogEntrySpec) -> LogEntrySpec) -> BuiltImage {
+    let guid = vhdkit_testkit::Guid::seeded(4321);
+    let entry = change(LogEntrySpec::new(guid, 3, image.file.len()));
+    LogRing::new(image.layout.log, image.layout.log_length).place(&mut image.file, &entry);
+    for slot in 0..2 {
+        edit_header(&mut image, slot, |header| header[48..64].copy_from_slice(&guid.0));
+    }
+    image
+}
+
+/// Replays in place; the disk is that of the model, the image is in order, and the file no shorter than it was.
+fn replays_to(image: &BuiltImage, clean: &BuiltImage, what: &str) {
+    let storage = sim(&image.file);
+    let opened = open(&storage);
+    assert!(opened.replay().unwrap().is_some(), "{what}");
+    assert!(storage.len().unwrap() >= image.file.len(), "{what}: the file was shortened");
+    let size = clean.model.virtual_size as usize;
+    let mut bytes = vec![0; size];
+    opened.read_at(&mut bytes, 0).unwrap();
+    assert!(bytes == clean.model.read(0, size), "{what}");
+    opened.close().unwrap();
+    drop(opened);
+    let closed = open(&storage);
+    closed.read_at(&mut bytes, 0).unwrap();
+    assert!(bytes == clean.model.read(0, size), "{what}, opened again");
+    assert_clean(what, &(Arc::new(load(&storage.pages().to_sparse())) as Arc<dyn Storage>));
+}
+
+fn eight_blocks() -> BuiltImage {
+    let builder = ImageBuilder::new(8 * MIB, 1 << 20);
+    (0..8).fold(builder, |builder, block| builder.block(block, BlockSpec::present(Content::pattern(block)))).build()
+}
+
+/// vhdx-rs sets the length of the file to the last file offset, also where the file is longer.
+#[test]
+fn vhdx_rs_a_replay_in_place_never_shortens_the_file() {
+    let clean = eight_blocks();
+    let page = clean.file.read(clean.layout.bat, 4096);
+    let mut image = with_entry(clean.clone(), |entry| {
+        let entry = entry.descriptor(DescriptorSpec::data(clean.layout.bat, &page));
+        entry.with(|entry| (entry.flushed_file_offset, entry.last_file_offset) = (4 * MIB, 4 * MIB))
+    });
+    image.file.zero(clean.layout.bat, 4096);
+    replays_to(&image, &clean, "a last file offset that lies before the end");
+}
+
+/// vhdx-rs looks for the parts of an entry or of a run behind the end of the ring.
+#[test]
+fn vhdx_rs_what_wraps_is_replayed_in_place() {
+    let clean = eight_blocks();
+    let end = clean.layout.log_length;
+    for back in [1, 2, 3, 5] {
+        for (entries, supersede) in [(1, false), (4, true)] {
+            let mut image = clean.clone();
+            let plan = DirtyPlan::new(9).move_bat(&clean).move_metadata(&clean);
+            plan.with(|plan| (plan.ring_start, plan.entries, plan.supersede) = (end - back * 4096, entries, supersede))
+                .apply(&mut image);
+            replays_to(&image, &clean, &format!("{entries} entries from {back} sectors before the end"));
+        }
+    }
+}
+
+/// vhdx-rs applies the zeros of an entry after its pages, whatever their order.
+#[test]
+fn vhdx_rs_descriptors_are_replayed_in_place_in_their_order() {
+    let clean = eight_blocks();
+    let (bat, page) = (clean.layout.bat, clean.file.read(clean.layout.bat, 4096));
+    let junk = vec![0xEE; 4096];
+    let (zero, right, wrong) =
+        (DescriptorSpec::zero(bat, 4096), DescriptorSpec::data(bat, &page), DescriptorSpec::data(bat, &junk));
+    for before in [vec![zero.clone()], vec![wrong.clone()], vec![wrong, zero]] {
+        let mut image = with_entry(clean.clone(), |entry| {
+            before.iter().cloned().chain([right.clone()]).fold(entry, LogEntrySpec::descriptor)
+        });
+        image.file.zero(bat, 4096);
+        replays_to(&image, &clean, &format!("{} descriptors before the right one", before.len()));
+    }
 }

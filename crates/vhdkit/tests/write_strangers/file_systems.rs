@@ -31,7 +31,7 @@ enum Kind {
 impl Kind {
     fn tools(self) -> &'static [&'static str] {
         match self {
-            Self::Ext4 => &["qemu-img", "mkfs.ext4", "debugfs", "e2fsck"],
+            Self::Ext4 => &["qemu-img", "mkfs.ext4", "debugfs", "e2fsck", "dumpe2fs"],
             Self::Ntfs => &["qemu-img", "mkntfs", "ntfscp", "ntfsfix"],
         }
     }
@@ -66,6 +66,33 @@ fn files(rng: &mut Rng, directory: &Path, prefix: &str, count: u64) -> Vec<PathB
     (0..count).map(make).collect()
 }
 
+/// Bytes of a block, and how many of them are free.
+fn free_blocks(raw: &Path) -> (u64, u64) {
+    let output = run_tool("dumpe2fs", &["-h", text(raw)]);
+    assert_success(&output);
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let number = |name: &str| {
+        let line =
+            told.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("no {name} in {told}"));
+        line.trim().parse().unwrap()
+    };
+    (number("Block size:"), number("Free blocks:"))
+}
+
+/// Fills an ext4 file system until hardly a block is left.
+fn fill_up(rng: &mut Rng, directory: &Path, raw: &Path, name: &str) {
+    // What extents need of their own is not known before; so in two steps.
+    for (step, spare) in [(1, 64), (2, 2)] {
+        let (block, free) = free_blocks(raw);
+        let path = directory.join(format!("{name}{step}"));
+        std::fs::write(&path, rng.bytes(((free - spare) * block) as usize)).unwrap();
+        let command = format!("write {} {name}{step}", text(&path));
+        assert_success(&run_tool("debugfs", &["-w", "-R", &command, text(raw)]));
+    }
+    let (_, free) = free_blocks(raw);
+    assert!(free <= 8, "{free} blocks are free");
+}
+
 fn ext4(rng: &mut Rng, directory: &Path) -> (PathBuf, PathBuf) {
     let (first, second) = (directory.join("a.raw"), directory.join("b.raw"));
     let (source, more) = (directory.join("source"), directory.join("more"));
@@ -73,9 +100,10 @@ fn ext4(rng: &mut Rng, directory: &Path) -> (PathBuf, PathBuf) {
     files(rng, &source.join("deep/er"), "g", 50);
     File::create(&first).unwrap().set_len(64 * MIB + 4096).unwrap();
     assert_success(&run_tool("mkfs.ext4", &["-q", "-F", "-d", text(&source), text(&first)]));
+    fill_up(rng, directory, &first, "full");
     assert_success(&run_tool("cp", &["--sparse=always", text(&first), text(&second)]));
     // What changes: files go, others come.
-    let mut commands = String::new();
+    let mut commands = "rm full1\n".to_owned();
     for number in 0..80 {
         commands += &format!("rm f{}\n", number * 3);
     }
@@ -86,6 +114,7 @@ fn ext4(rng: &mut Rng, directory: &Path) -> (PathBuf, PathBuf) {
     let list = directory.join("commands");
     std::fs::write(&list, commands).unwrap();
     assert_success(&run_tool("debugfs", &["-w", "-f", text(&list), text(&second)]));
+    fill_up(rng, directory, &second, "again");
     (first, second)
 }
 

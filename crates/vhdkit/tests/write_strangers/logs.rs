@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
+use vhdkit::image::simulation::start_rings_at;
 use vhdkit::image::{BlockDevice as _, Image, OpenOptions};
 use vhdkit::storage::{MemoryStorage, Storage};
 use vhdkit_testkit::harness::{Case, Needs};
@@ -90,7 +91,10 @@ fn ring_start(storage: &dyn Storage) -> Vec<u8> {
 }
 
 /// In memory, since nothing is pulled out here and syncs would take long.
-fn program(log: u64, commits: u64) {
+///
+/// The log of a session begins at its start, or so many sectors before its end: long ones would not be filled otherwise.
+fn program(log: u64, commits: u64, before_end: Option<u64>) {
+    start_rings_at(before_end.map_or(0, |sectors| log * MIB / 4096 - sectors));
     let directory = tempfile::tempdir().unwrap();
     let copied = directory.path().join("copy.vhdx");
     let built = ImageBuilder::new(DISK, 1 << 20)
@@ -122,6 +126,7 @@ fn program(log: u64, commits: u64) {
             judge(&format!("log of {log} MiB, commit {commit}"), &mut rng, &copied, &array, true);
         }
     }
+    start_rings_at(0);
     println!("log of {log} MiB: {commits} commits, {copies} copies, the second round begins with commit {round:?}");
     assert!(round.is_some(), "the ring of {log} MiB is so long that it was not filled");
     image.close().unwrap();
@@ -132,10 +137,11 @@ fn program(log: u64, commits: u64) {
 
 pub(crate) fn cases() -> Vec<Case> {
     // An entry of one page takes two sectors of the ring, so that 128 commits are once around the smallest.
-    let sizes = [(1, 300), (2, 500), (3, 700), (8, 1500), (64, 14_000)];
-    let case = |(log, commits)| {
+    let sizes = [(1, 300, None), (2, 500, None), (3, 700, None), (8, 1500, None), (64, 14_000, None)];
+    let long = [(256, 24, Some(17)), (1024, 24, Some(17))];
+    let case = |(log, commits, before_end)| {
         let name = format!("qemu_replays_a_log_of_{log}_mib");
-        Case::new(name, Needs::tools(&["qemu-img"]), move || program(log, commits))
+        Case::new(name, Needs::tools(&["qemu-img"]), move || program(log, commits, before_end))
     };
-    sizes.into_iter().map(case).collect()
+    sizes.into_iter().chain(long).map(case).collect()
 }
