@@ -168,8 +168,8 @@ fn a_commit_that_finds_no_room_in_the_log_is_made_up_for() {
         plan.storage().write_at(&bytes, plan.file_offset()).unwrap();
         // Fails twice: when the commit looks for room for the plan, and when the next one needs it.
         disk.fail_room(STEP..3 * MIB, 2);
-        // 12 or 11 pages: with those of the plan they just fit into the room that there is, and leave none behind them.
-        for block in 0..if with_parent { 5 } else { 12 } {
+        // 13 or 11 pages: with those of the plan they just fit into the room that there is, and leave none behind them.
+        for block in 0..if with_parent { 5 } else { 13 } {
             disk.write(block * 1000 * BLOCK + 8, 4).unwrap();
         }
         disk.flush().unwrap();
@@ -182,4 +182,32 @@ fn a_commit_that_finds_no_room_in_the_log_is_made_up_for() {
         disk.flush().unwrap();
         disk.end();
     }
+}
+
+/// 14 pages are what the first 64 KiB hold, behind the entry that opens the log: then no more room is needed, and one page
+/// more is refused alone.
+#[test]
+fn what_just_fits_needs_no_more_room() {
+    for pages in 12..=16 {
+        let mut disk = Disk::new(false);
+        disk.fail_room(STEP..3 * MIB, u64::MAX);
+        let refused = (0..pages).filter(|block| disk.write(block * 1000 * BLOCK + 8, 4).is_err()).count();
+        assert_eq!(refused as u64, pages.saturating_sub(14), "{pages} pages");
+        disk.flush().unwrap();
+        disk.sim.set_hook(None);
+        disk.end();
+    }
+}
+
+/// Room is asked for in advance; that there is none to spare refuses nobody.
+#[test]
+fn room_that_is_there_is_not_refused() {
+    let mut disk = Disk::new(false);
+    disk.fail_room(4 * STEP..3 * MIB, u64::MAX);
+    for block in 0..60 {
+        disk.write(block * 1000 * BLOCK + 8, 4).unwrap();
+    }
+    disk.flush().unwrap();
+    disk.sim.set_hook(None);
+    disk.end();
 }

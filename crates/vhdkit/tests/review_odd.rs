@@ -161,6 +161,10 @@ struct Odd {
     shrink_and_fail: AtomicBool,
     panic_at_sync: AtomicBool,
     panic_at_write: AtomicBool,
+    panic_at_growth: AtomicBool,
+    panic_at_zeroing: AtomicBool,
+    /// The holes of the log cannot be filled, until a hole is punched elsewhere.
+    log_is_full: AtomicBool,
     fail_sync: AtomicBool,
     /// Reads of 512 bytes take so many microseconds.
     read_delay: AtomicU64,
@@ -186,6 +190,9 @@ impl Storage for Odd {
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         assert!(!self.panic_at_write.swap(false, Ordering::SeqCst), "the storage panics");
+        if self.log_is_full.load(Ordering::SeqCst) && buf.len() == 64 << 10 && offset < 2 * MIB {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         if let Some(stops) = &self.stops
             && buf.len() == BLOCK
             && buf[0] == 9
@@ -198,6 +205,7 @@ impl Storage for Odd {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
+        assert!(!self.panic_at_growth.swap(false, Ordering::SeqCst), "the storage panics");
         let capacity = self.capacity.load(Ordering::SeqCst);
         if capacity > 0 {
             let too_small = || io::Error::new(io::ErrorKind::InvalidInput, "the block device is too small");
@@ -225,6 +233,16 @@ impl Storage for Odd {
 
     fn growth_reads_zero(&self) -> bool {
         self.capacity.load(Ordering::SeqCst) == 0
+    }
+
+    fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
+        assert!(!self.panic_at_zeroing.swap(false, Ordering::SeqCst), "the storage panics");
+        self.inner.zero_range(range)
+    }
+
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<bool> {
+        self.log_is_full.store(false, Ordering::SeqCst);
+        self.inner.punch_hole(range)
     }
 
     fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
@@ -295,17 +313,103 @@ fn a_panic_in_a_commit_ends_all_writing() {
     assert_eq!(errors(&copy(&odd)), 0);
 }
 
+/// Panics of a storage in the middle of a first write: nobody waits for that block for ever.
 #[test]
-fn a_panic_in_a_payload_write_lets_go_of_the_block() {
+fn a_panic_in_a_first_write_lets_go_of_the_block() {
+    let places: [fn(&Odd) -> &AtomicBool; 3] =
+        [|odd| &odd.panic_at_write, |odd| &odd.panic_at_growth, |odd| &odd.panic_at_zeroing];
+    for (number, place) in places.into_iter().enumerate() {
+        let (odd, image) = fresh(Odd::default(), 64 * MIB);
+        if number != 1 {
+            image.write_at(&[1; 512], 0).unwrap();
+        }
+        if number == 2 {
+            drop(image.plan_write(MIB..2 * MIB).unwrap()); // its space is stale, and zeroed for the next
+        }
+        place(&odd).store(true, Ordering::SeqCst);
+        let write = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| image.write_at(&[2; 512], 5 * MIB)));
+        assert!(write.is_err() && !place(&odd).load(Ordering::SeqCst), "{number}");
+        assert!(image.try_write_at(&[3; 512], 5 * MIB).unwrap(), "{number}: the block is held");
+        assert!(image.try_discard(5 * MIB..6 * MIB).unwrap(), "{number}");
+        image.write_at(&[3; 512], 5 * MIB).unwrap();
+        image.close().unwrap();
+        let image = OpenOptions::new().open(copy(&odd), None).unwrap();
+        assert_eq!(read(&image, 5 * MIB, 1024)[511..513], [3, 0], "{number}");
+        assert_eq!(errors(&copy(&odd)), 0);
+    }
+}
+
+/// A program panics for reasons of its own, and flushes and closes while it unwinds.
+#[test]
+fn who_writes_while_unwinding_harms_nothing() {
+    struct Cleanup<'a>(&'a Image, &'a AtomicU64);
+    impl Drop for Cleanup<'_> {
+        fn drop(&mut self) {
+            let done = [self.0.write_at(&[1; 512], 0), self.0.flush(), self.0.write_at(&[2; 512], 9 * MIB)];
+            self.1.store(done.iter().filter(|done| done.is_ok()).count() as u64, Ordering::SeqCst);
+        }
+    }
     let (odd, image) = fresh(Odd::default(), 64 * MIB);
-    image.write_at(&[1; 512], 0).unwrap();
-    odd.panic_at_write.store(true, Ordering::SeqCst);
-    let write = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| image.write_at(&[2; 512], 5 * MIB)));
-    assert!(write.is_err());
-    image.write_at(&[3; 512], 5 * MIB).unwrap();
+    let done = AtomicU64::new(0);
+    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let _cleanup = Cleanup(&image, &done);
+        panic!("of the program");
+    }));
+    assert_eq!(done.load(Ordering::SeqCst), 3);
+    image.write_at(&[3; 512], MIB).unwrap();
     image.close().unwrap();
     let image = OpenOptions::new().open(copy(&odd), None).unwrap();
-    assert_eq!((read(&image, 0, 512), read(&image, 5 * MIB, 1024)[511..513].to_vec()), (vec![1; 512], vec![3, 0]));
+    assert_eq!((read(&image, 0, 1), read(&image, 9 * MIB, 1), read(&image, MIB, 1)), (vec![1], vec![2], vec![3]));
+}
+
+/// Readers do not stop for whoever closes; the file is cut all the same.
+#[test]
+fn closing_beside_readers_cuts_the_file() {
+    let (odd, image) = fresh(Odd::default(), 64 * MIB);
+    for block in 0..32 {
+        image.write_at(&[1; 512], block * MIB).unwrap();
+    }
+    image.flush().unwrap();
+    odd.read_delay.store(300, Ordering::SeqCst);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::SeqCst) {
+                    assert_eq!(read(&image, 0, 512), [1; 512]);
+                }
+            });
+        }
+        std::thread::sleep(Duration::from_millis(10));
+        image.discard(MIB..32 * MIB).unwrap();
+        let closed = image.close();
+        stop.store(true, Ordering::SeqCst);
+        closed.unwrap();
+    });
+    let length = odd.len().unwrap();
+    assert!(length <= 6 * MIB, "{} MiB for one block", length / MIB);
+    assert_eq!(errors(&copy(&odd)), 0);
+}
+
+/// On a full file system, what earlier discards freed makes room for what the later ones log.
+#[test]
+fn discards_make_room_for_discards() {
+    for zero in [false, true] {
+        let (odd, image) = fresh(Odd::default(), 64 << 30);
+        for block in 0..40 {
+            image.write_at(&[1; 512], block * 1000 * MIB).unwrap(); // each in another page of the BAT
+            image.flush().unwrap();
+        }
+        odd.log_is_full.store(true, Ordering::SeqCst);
+        for block in 0..40 {
+            let range = block * 1000 * MIB..(block * 1000 + 1) * MIB;
+            let done = if zero { image.write_zeroes(range, true) } else { image.discard(range) };
+            done.unwrap_or_else(|error| panic!("block {block}: {error}"));
+        }
+        assert!(!odd.log_is_full.load(Ordering::SeqCst), "there was room anyway");
+        image.close().unwrap();
+        assert_eq!(errors(&copy(&odd)), 0);
+    }
 }
 
 /// Slow readers that overlap, so that somebody is reading at every moment: what is freed is used again all the same.

@@ -229,7 +229,7 @@ pub(crate) fn present_bitmap(entry: BatEntry) -> BatEntry {
 }
 
 /// Judges an entry by its place. Those behind the last block of the disk (a differencing disk has some) mean nothing, and are
-/// left as they are.
+/// left as they are (ones throughout become zero).
 pub(crate) fn judge(index: BatIndex, entry: BatEntry, rules: &BatRules) -> Result<Option<Finding>, Finding> {
     match rules.geometry.slot(index) {
         BatSlot::Payload(block) if block.0 >= rules.geometry.payload_blocks() => Ok(None),

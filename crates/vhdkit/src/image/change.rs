@@ -20,11 +20,11 @@ use super::commit::{Commit, is_full};
 use super::simulation::{BrokenRule, Phase, enter};
 use super::space::{Given, Holds};
 use super::tokens::{Hold, Wait};
-use super::writer::{Keys, Meta, NewBitmap, PageKey, Reserved, Writer};
+use super::writer::{Held, Keys, Meta, NewBitmap, PageKey, Reserved, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat::{BITMAP_PRESENT, BatEntry, PayloadState};
 use crate::format::geometry::BITMAP_BLOCK_BYTES;
-use crate::sync::PoisonError;
+use crate::sync::{PoisonError, TryLockError};
 use crate::units::{BatIndex, BlockIndex, ChunkIndex, FileOffset, GuestOffset, MIB, round_up};
 
 /// The file grows by at least so much: one change of length for many blocks.
@@ -80,8 +80,8 @@ impl Change {
 /// What looking at a block again under its token gave.
 enum Prepared {
     Ready(Change),
-    /// Somebody else was faster.
-    Mapped,
+    /// Somebody else was faster: look again.
+    Other,
     Busy,
 }
 
@@ -198,7 +198,7 @@ impl Shared {
         }
         let wanted = !writer.meta().space.has_room(self.top().geometry().block_size());
         if wanted && let Some(mut commit) = writer.lock_commit(wait) {
-            self.settle(writer, &mut commit)?;
+            self.settle(writer, &mut commit, wait)?;
         }
         Ok(())
     }
@@ -209,7 +209,7 @@ impl Shared {
             Err(error) if is_full(&error) && writer.waiting_bytes() > 0 => error,
             other => return other,
         };
-        let settled = writer.lock_commit(wait).is_some_and(|mut commit| self.settle(writer, &mut commit).is_ok());
+        let settled = writer.lock_commit(wait).is_some_and(|mut commit| self.settle(writer, &mut commit, wait).is_ok());
         if settled { attempt() } else { Err(error) } // the first error is the one to tell
     }
 
@@ -231,43 +231,45 @@ impl Shared {
         let block = self.top().geometry().block_of(GuestOffset(range.start));
         writer.fail_if_poisoned()?;
         loop {
-            if is_mapped {
-                if !writer.tokens.acquire(block, Hold::Use, wait) {
-                    return Ok(None);
-                }
-                match self.use_mapped(writer, block, range, wait) {
-                    Ok(Some(change)) => return Ok(Some(change)),
-                    other => {
-                        writer.tokens.release(block, Hold::Use);
-                        other?;
-                        is_mapped = self.mapped(range)?.is_some();
-                        continue;
-                    }
-                }
+            let found = if is_mapped {
+                self.begin_mapped(writer, block, range, wait)?
+            } else {
+                self.begin_change(writer, block, range, wait)?
+            };
+            match found {
+                Prepared::Ready(change) => return Ok(Some(change)),
+                Prepared::Busy => return Ok(None),
+                Prepared::Other => is_mapped = self.mapped(range)?.is_some(),
             }
-            self.settle_freed(writer, wait)?;
-            let keys = self.keys_of(block);
-            if !self.reserve(writer, &keys, wait)? {
-                return Ok(None);
+        }
+    }
+
+    fn begin_mapped(&self, writer: &Writer, block: BlockIndex, range: &Range<u64>, wait: Wait) -> Result<Prepared> {
+        let mut held = Held::new(writer, block, None);
+        if !held.acquire(Hold::Use, wait) {
+            return Ok(Prepared::Busy);
+        }
+        let Some(change) = self.use_mapped(writer, block, range, wait)? else { return Ok(Prepared::Other) };
+        held.keep();
+        Ok(Prepared::Ready(change))
+    }
+
+    fn begin_change(&self, writer: &Writer, block: BlockIndex, range: &Range<u64>, wait: Wait) -> Result<Prepared> {
+        self.settle_freed(writer, wait)?;
+        let keys = self.keys_of(block);
+        if !self.reserve(writer, &keys, wait)? {
+            return Ok(Prepared::Busy);
+        }
+        let mut held = Held::new(writer, block, Some(keys));
+        if !held.acquire(Hold::Change, wait) {
+            return Ok(Prepared::Busy);
+        }
+        let Some(keys) = held.keys() else { return Ok(Prepared::Other) };
+        match self.prepare(writer, block, range, keys, wait)? {
+            Prepared::Ready(change) => {
+                Ok(Prepared::Ready(self.ready_or_broken(writer, Change { keys: held.keep(), ..change })))
             }
-            if !writer.tokens.acquire(block, Hold::Change, wait) {
-                writer.unreserve(keys.iter());
-                return Ok(None);
-            }
-            let prepared = self.prepare(writer, block, range, &keys, wait);
-            match prepared {
-                Ok(Prepared::Ready(change)) => {
-                    return Ok(Some(self.ready_or_broken(writer, Change { keys: Some(keys), ..change })));
-                }
-                other => {
-                    writer.tokens.release(block, Hold::Change);
-                    writer.unreserve(keys.iter());
-                    match other? {
-                        Prepared::Busy => return Ok(None),
-                        _ => is_mapped = self.mapped(range)?.is_some(),
-                    }
-                }
-            }
+            other => Ok(other),
         }
     }
 
@@ -313,7 +315,7 @@ impl Shared {
         let geometry = *layer.geometry();
         let entry = layer.bat().pin(geometry.payload_index(block), layer.rules(), layer.view())?;
         if self.mapped_by(entry, block, range)?.is_some() {
-            return Ok(Prepared::Mapped);
+            return Ok(Prepared::Other);
         }
         let covers = *range == geometry.block_range(block);
         let in_block = geometry.offset_in_block(GuestOffset(range.start));
@@ -492,7 +494,8 @@ impl Shared {
             Wait::Yes => writer.growth.lock().unwrap_or_else(PoisonError::into_inner),
             Wait::No => match writer.growth.try_lock() {
                 Ok(growing) => growing,
-                Err(_) => return Ok(false),
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(), // it guards nothing that could be half done
+                Err(TryLockError::WouldBlock) => return Ok(false),
             },
         };
         let length = self.view().physical_size();
@@ -658,17 +661,15 @@ impl Shared {
         if !self.reserve(writer, &keys, wait)? {
             return Ok(false);
         }
-        if !writer.tokens.acquire(block, Hold::Alone, wait) {
-            writer.unreserve(keys.iter());
+        let mut held = Held::new(writer, block, Some(keys));
+        if !held.acquire(Hold::Alone, wait) {
             return Ok(false);
         }
-        let entry = layer.bat().pin(index, layer.rules(), layer.view());
-        if let Ok(entry) = &entry
-            && entry.payload_state().is_some_and(&applies)
-        {
+        let entry = layer.bat().pin(index, layer.rules(), layer.view())?;
+        if entry.payload_state().is_some_and(&applies) {
             let mut meta = writer.meta();
             self.set_payload(&mut meta, block, to, 0);
-            let owned = layer.rules().owned_range(crate::format::geometry::BatSlot::Payload(block), *entry);
+            let owned = layer.rules().owned_range(crate::format::geometry::BatSlot::Payload(block), entry);
             if let Some(owned) = owned {
                 if writer.breaks(BrokenRule::FreeAtOnce) {
                     meta.space.give_back(&owned);
@@ -677,9 +678,7 @@ impl Shared {
                 }
             }
         }
-        writer.unreserve(keys.iter());
-        writer.tokens.release(block, Hold::Alone);
-        entry.map(|_| true)
+        Ok(true)
     }
 }
 

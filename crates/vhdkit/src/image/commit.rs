@@ -87,7 +87,10 @@ impl Commit {
             None => self.spare_ring.get_or_insert_with(|| LogRing::new(header)),
         };
         if ring.room() < pages {
-            ring.prepare(storage, pages.next_power_of_two().min(pages_max(header.log_length)))?;
+            let more = ring.prepare(storage, pages.next_power_of_two().min(pages_max(header.log_length)));
+            if ring.room() < pages {
+                more?; // what was to spare may be missing
+            }
         }
         Ok(ring.room())
     }
@@ -398,6 +401,13 @@ impl Shared {
         }
     }
 
+    /// The same at the end of a session, when whoever was inside after the last change has left.
+    pub(super) fn retire_all(&self, writer: &Writer, commit: &mut Commit) {
+        let leaving = commit.leaving.take().map(|(_, ranges)| ranges);
+        let ranges = leaving.into_iter().flatten().chain(std::mem::take(&mut commit.cooled)).collect();
+        self.give_ranges_back(writer, ranges);
+    }
+
     fn give_ranges_back(&self, writer: &Writer, ranges: Vec<Range<u64>>) {
         let _phase = enter(Phase::Retire);
         for range in ranges {
@@ -410,10 +420,10 @@ impl Shared {
     }
 
     /// Commits and syncs until what was freed can be used again.
-    pub(super) fn settle(&self, writer: &Writer, commit: &mut Commit) -> Result<()> {
+    pub(super) fn settle(&self, writer: &Writer, commit: &mut Commit, wait: Wait) -> Result<()> {
         self.commit(writer, commit)?;
         self.sync(writer, commit)?;
-        self.retire(writer, commit, SETTLE_WAIT);
+        self.retire(writer, commit, if wait == Wait::Yes { SETTLE_WAIT } else { QUIET_WAIT });
         Ok(())
     }
 

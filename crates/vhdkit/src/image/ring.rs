@@ -70,21 +70,25 @@ impl LogRing {
         self.guid
     }
 
-    /// Pages that the next entry can hold without meeting a hole of the file. One sector is left over for the empty entry
-    /// that opens the log.
+    /// Sectors that go between the head and the next entry with pages: the empty entry that opens the log.
+    fn opening(&self) -> u64 {
+        u64::from(self.newest == 0)
+    }
+
+    /// Pages that the next entry can hold without meeting a hole of the file.
     pub(super) fn room(&self) -> u64 {
         let length = self.sectors * SECTOR;
         if self.real >= length {
             return u64::MAX; // what wraps goes where the ring is real as well
         }
-        pages_per_entry((self.real / SECTOR).saturating_sub(self.head + 1))
+        pages_per_entry((self.real / SECTOR).saturating_sub(self.head + self.opening()))
     }
 
     /// Fills the holes of the file where an entry with so many pages goes, so that writing it cannot fail for lack of
     /// space. Nothing that counts is touched.
     pub(super) fn prepare(&mut self, storage: &Arc<dyn Storage>, pages: u64) -> Result<()> {
         let length = self.sectors * SECTOR;
-        let end = ((self.head + 1 + entry_sectors_max(pages)) * SECTOR).min(length);
+        let end = ((self.head + self.opening() + entry_sectors_max(pages)) * SECTOR).min(length);
         while self.real < end {
             let until = (self.real + ROOM_STEP).min(length);
             let failed =

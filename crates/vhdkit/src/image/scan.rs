@@ -225,8 +225,8 @@ impl Scan<'_, '_, '_> {
         }
     }
 
-    /// Slots of the last chunk for which the disk has no block. They mean nothing, but what they claim is not given to
-    /// others: who makes the disk larger may take them for real.
+    /// Slots of the last chunk for which the disk has no block. They mean nothing, but what they claim inside the file is not
+    /// given to others: who makes the disk larger may take them for real.
     fn behind_the_disk(&mut self, first: u64, end: u64) -> Result<()> {
         let mut block = first;
         while block < end {

@@ -17,6 +17,8 @@ use crate::sync::{MutexGuard, Ordering, TryLockError, fence};
 
 /// How long closing waits for operations and plans under way, unless told otherwise.
 pub(super) const CLOSE_WAIT: Duration = Duration::from_secs(60);
+/// Zeros of a log that are longer become holes.
+const HOLE_MIN: u64 = 1 << 20;
 /// Longer than anybody waits; longer ones than the clock can count would overflow.
 const WAIT_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
@@ -96,7 +98,9 @@ impl Shared {
             if is_zero {
                 // What the file grew by is zero already. A hole first: a log can name terabytes of zeros.
                 let old = if storage.growth_reads_zero() { range.start..range.end.min(there) } else { range.clone() };
-                if !old.is_empty() && !storage.punch_hole(old.clone()).map_err(failed)? {
+                // Pages of metadata keep their space: they are written again.
+                let is_long = !old.is_empty() && old.end - old.start > HOLE_MIN;
+                if !old.is_empty() && !(is_long && storage.punch_hole(old.clone()).map_err(failed)?) {
                     storage.zero_range(old).map_err(failed)?;
                 }
             } else {
@@ -209,7 +213,8 @@ impl Shared {
         }
         self.update_headers(writer, commit, |header| header.log_guid = Guid::NIL)?;
         commit.ring = None;
-        self.retire(writer, commit, Duration::ZERO); // nobody is inside any more
+        // Readers come and go; but those who were inside after the last change have left before this began.
+        self.retire_all(writer, commit);
         self.cut(writer)
     }
 

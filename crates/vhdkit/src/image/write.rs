@@ -251,7 +251,8 @@ impl Shared {
                 let zeros = Payload::Zeros(range.end - range.start);
                 return self.put_in_block(writer, zeros, range.clone(), wait);
             }
-            if !self.start(writer, wait)? || !self.clear_block(writer, block, PayloadState::Zero, applies, wait)? {
+            let clear = || self.clear_block(writer, block, PayloadState::Zero, applies, wait);
+            if !self.start(writer, wait)? || !self.with_room(writer, wait, clear)? {
                 return Ok(false);
             }
         }
@@ -280,9 +281,9 @@ impl Shared {
             range.end / geometry.block_size()
         };
         for block in (first..end).map(BlockIndex) {
+            let clear = || self.clear_block(writer, block, PayloadState::Unmapped, is_present, wait);
             if is_present(self.state_of(block)?)
-                && !(self.start(writer, wait)?
-                    && self.clear_block(writer, block, PayloadState::Unmapped, is_present, wait)?)
+                && !(self.start(writer, wait)? && self.with_room(writer, wait, clear)?)
             {
                 return Ok(false);
             }

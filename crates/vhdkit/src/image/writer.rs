@@ -20,13 +20,13 @@ use super::flushes::Flushes;
 use super::ring::pages_max;
 use super::simulation::BrokenRule;
 use super::space::{Given, Space};
-use super::tokens::{Tokens, Wait};
+use super::tokens::{Hold, Tokens, Wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::Header;
 use crate::sync::{
     AtomicBool, AtomicU8, AtomicU64, Condvar, Mutex, MutexGuard, OnceLock, Ordering, PoisonError, TryLockError,
 };
-use crate::units::ChunkIndex;
+use crate::units::{BlockIndex, ChunkIndex};
 
 /// Bytes of a page of metadata.
 pub(super) type PageBytes = [u8; 4096];
@@ -211,11 +211,57 @@ pub(super) struct Writer {
     pub(super) broken: Option<BrokenRule>,
 }
 
+/// A block's token and reserved pages while it is not clear what becomes of them: given back unless they are kept, also
+/// when a storage panics.
+#[derive(Debug)]
+pub(super) struct Held<'a> {
+    writer: &'a Writer,
+    block: BlockIndex,
+    hold: Option<Hold>,
+    keys: Option<Keys>,
+}
+
+impl<'a> Held<'a> {
+    pub(super) fn new(writer: &'a Writer, block: BlockIndex, keys: Option<Keys>) -> Self {
+        Self { writer, block, hold: None, keys }
+    }
+
+    /// Takes the token too; false when it is busy and the caller does not wait.
+    pub(super) fn acquire(&mut self, hold: Hold, wait: Wait) -> bool {
+        let got = self.writer.tokens.acquire(self.block, hold, wait);
+        self.hold = got.then_some(hold);
+        got
+    }
+
+    pub(super) fn keys(&self) -> Option<&Keys> {
+        self.keys.as_ref()
+    }
+
+    /// They stay; whoever has the keys now gives all of it back.
+    pub(super) fn keep(mut self) -> Option<Keys> {
+        self.hold = None;
+        self.keys.take()
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if let Some(keys) = self.keys.take() {
+            self.writer.unreserve(keys.iter());
+        }
+        if let Some(hold) = self.hold {
+            self.writer.tokens.release(self.block, hold);
+        }
+    }
+}
+
 /// The commit lock while it is held. What a commit was about to do when it panics is lost with it, so that ends all writing.
 #[derive(Debug)]
 pub(super) struct CommitGuard<'a> {
     writer: &'a Writer,
     guard: MutexGuard<'a, Commit>,
+    /// Who flushes while it unwinds panicked somewhere else.
+    was_panicking: bool,
 }
 
 impl Deref for CommitGuard<'_> {
@@ -234,7 +280,7 @@ impl DerefMut for CommitGuard<'_> {
 
 impl Drop for CommitGuard<'_> {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if std::thread::panicking() && !self.was_panicking {
             let _ = self.writer.poison(Error::new(ErrorKind::Poisoned, "a panic in the middle of a commit"));
         }
     }
@@ -312,7 +358,7 @@ impl Writer {
                 Err(TryLockError::WouldBlock) => return None,
             },
         };
-        Some(CommitGuard { writer: self, guard })
+        Some(CommitGuard { writer: self, guard, was_panicking: std::thread::panicking() })
     }
 
     pub(super) fn mode(&self) -> Mode {
