@@ -1,5 +1,6 @@
 //! A session of writing: how it starts with the first change, and how it ends.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -99,8 +100,7 @@ impl Shared {
                 // What the file grew by is zero already. A hole first: a log can name terabytes of zeros.
                 let old = if storage.growth_reads_zero() { range.start..range.end.min(there) } else { range.clone() };
                 // Pages of metadata keep their space: they are written again.
-                let is_long = !old.is_empty() && old.end - old.start > HOLE_MIN;
-                if !old.is_empty() && !(is_long && storage.punch_hole(old.clone()).map_err(failed)?) {
+                if !old.is_empty() && !self.punch_long(&old).map_err(failed)? {
                     storage.zero_range(old).map_err(failed)?;
                 }
             } else {
@@ -109,6 +109,11 @@ impl Shared {
         }
         view.set_size(size);
         Ok(())
+    }
+
+    /// Makes a hole of a long range; false, with nothing changed, for a short one, or where that cannot be done.
+    fn punch_long(&self, range: &Range<u64>) -> std::io::Result<bool> {
+        if range.end - range.start > HOLE_MIN { self.storage().punch_hole(range.clone()) } else { Ok(false) }
     }
 
     /// For the simulator: replays what is retired too, as a reader that ignores the tail would.
