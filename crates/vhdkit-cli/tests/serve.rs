@@ -329,7 +329,11 @@ fn what_could_reach_others_or_clash_is_refused() {
 fn ports_on_this_machine_are_open_to_it() {
     let scratch = Scratch::new();
     scratch.image("disk.vhdx");
-    for (address, host) in [("127.0.0.1:0", "127.0.0.1"), ("[::1]:0", "[::1]"), ("localhost:0", "")] {
+    let has_ipv6 = std::net::TcpListener::bind("[::1]:0").is_ok();
+    for (address, host) in [("127.0.0.1:0", "127.0.0.1"), ("localhost:0", ""), ("[::1]:0", "[::1]")] {
+        if host == "[::1]" && !has_ipv6 {
+            continue;
+        }
         let server = Server::start(&scratch, &["disk.vhdx", "--listen", address]);
         let rest = server.uri().strip_prefix("nbd://").unwrap();
         let authority = rest.strip_suffix("/disk.vhdx").unwrap();
