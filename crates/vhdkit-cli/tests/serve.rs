@@ -461,6 +461,22 @@ fn every_thread_has_given_up_what_it_does_not_need() {
 }
 
 #[test]
+fn a_server_that_cannot_say_where_it_is_ends() {
+    let scratch = Scratch::new();
+    scratch.image("disk.vhdx");
+    let (names, sums) = (scratch.names(), scratch.sums());
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for (stdout, code) in [(full.into(), 5), (std::process::Stdio::from(writer), 0)] {
+        let mut command = scratch.command(&["serve", "disk.vhdx", "--write", "--socket", "s"]);
+        let output = command.stdout(stdout).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        assert_eq!((scratch.names(), scratch.sums()), (names.clone(), sums.clone()));
+    }
+}
+
+#[test]
 fn names_that_would_confuse_a_terminal_are_encoded_or_escaped() {
     let scratch = Scratch::new();
     let hostile = "a\u{1b}[31m b.vhdx";
