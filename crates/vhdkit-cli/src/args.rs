@@ -352,7 +352,7 @@ pub(crate) struct ReplayArgs {
 
 /// Serve disks to NBD clients: QEMU, libnbd, the kernel's nbd
 ///
-/// Prints the URI of each export, one a line, and serves until SIGTERM or SIGINT: then requests under way are answered, and
+/// Prints the URI of each export, one a line, closes its output, and serves until SIGTERM or SIGINT: then requests under way are answered, and
 /// images that were written are flushed and closed. Without an address it makes a Unix socket in a directory of its own, which
 /// only its user can reach. SIGUSR1 prints what was done so far to standard error.
 ///
@@ -367,15 +367,16 @@ pub(crate) struct ReplayArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   vhdkit serve disk.vhdx
-  qemu-img convert -O qcow2 'nbd+unix:///disk.vhdx?socket=/run/user/1000/vhdkit-1/socket' disk.qcow2
+  uri=$(vhdkit serve disk.vhdx --idle-exit 10 &) && nbdinfo \"$uri\"
   vhdkit serve disk.vhdx --write --socket /tmp/disk.sock
+  qemu-img convert -O qcow2 'nbd+unix:///disk.vhdx?socket=/tmp/disk.sock' disk.qcow2
   nbdcopy 'nbd+unix:///disk.vhdx?socket=/tmp/disk.sock' disk.raw
   nbdfuse -r mountpoint/nbd 'nbd+unix:///disk.vhdx?socket=/tmp/disk.sock'
   guestfish --ro -a 'nbd:///disk.vhdx?socket=/tmp/disk.sock' -i
   vhdkit serve disk.vhdx --listen 127.0.0.1:10809 --name vm
   nbd-client 127.0.0.1 10809 /dev/nbd0 -N vm
   vhdkit serve child.avhdx --layers --idle-exit 60
-  vhdkit serve *.vhdx --listen '[::]:10809' --tls-cert server.pem --tls-key key.pem --tls-client-ca clients.pem
+  vhdkit serve *.vhdx --listen '[::]:10809' --tls-cert cert.pem --tls-key key.pem --tls-client-ca ca.pem
 
 Socket activation by systemd, vhdkit.socket and vhdkit.service:
   [Socket]
@@ -409,8 +410,6 @@ pub(crate) struct ServeArgs {
     pub(crate) from: FromArgs,
     #[command(flatten)]
     pub(crate) address: AddressArgs,
-    #[command(flatten)]
-    pub(crate) tls: TlsArgs,
     /// Turn clients away when there are so many, 400 at the most
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=400))]
     pub(crate) max_connections: u16,
@@ -420,6 +419,8 @@ pub(crate) struct ServeArgs {
     /// Look for requests for a little while before sleeping: quicker answers, for more processor time
     #[arg(long)]
     pub(crate) poll: bool,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
 }
 
 /// Where a server is reached.

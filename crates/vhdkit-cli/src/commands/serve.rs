@@ -1,6 +1,6 @@
 //! `serve`: disks for NBD clients.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use vhdkit_nbd::{Options, Server, Tls};
 
 use crate::args::{ServeArgs, TlsArgs};
 use crate::cli::Context;
-use crate::failure::{Answer, Failure};
+use crate::failure::{Answer, Failure, file_error};
 use crate::serving::confinement::confine;
 use crate::serving::disks::{Disks, Served, names};
 use crate::serving::log;
@@ -72,6 +72,9 @@ fn options(args: &ServeArgs, tls: Option<Tls>) -> Options {
 /// Certificate and key, where they are given.
 fn tls(args: &TlsArgs) -> Result<Option<Tls>, Failure> {
     let (Some(certificate), Some(key)) = (&args.tls_cert, &args.tls_key) else { return Ok(None) };
+    for file in [certificate, key].into_iter().chain(&args.tls_client_ca) {
+        File::open(file).map_err(|error| file_error(file, "cannot be opened", error))?;
+    }
     let tls = Tls::from_files(certificate, key, args.tls_client_ca.as_deref()).map_err(|error| {
         let error = Error::new(ErrorKind::InvalidArgument, error.to_string());
         error.with_hint(

@@ -8,10 +8,10 @@ use vhdkit::image::{BlockDevice, Image, LayerDisk};
 use vhdkit::{Error, ErrorKind};
 use vhdkit_nbd::Export;
 
-use crate::args::{ServeArgs, WritingArgs};
+use crate::args::{Format, ServeArgs, WritingArgs};
 use crate::cli::Context;
 use crate::failure::Failure;
-use crate::formats::Wanted;
+use crate::formats::{Wanted, source_format};
 use crate::opening::{DiskRequest, layer_name, open_disk};
 use crate::show;
 use crate::writing::Session;
@@ -58,6 +58,16 @@ pub(crate) fn names(args: &ServeArgs) -> Result<Vec<String>, Failure> {
     Ok(names)
 }
 
+/// Raw disks are for reading here.
+fn refuse_raw(context: &Context, args: &ServeArgs, path: &Path) -> Result<(), Failure> {
+    let format = source_format(path, args.from.from, Wanted::Image, "--from", &context.ui)?;
+    if format == Format::Vhdx || !path.exists() {
+        return Ok(());
+    }
+    let error = Error::new(ErrorKind::Refused, "this is a raw disk, which is served for reading only").with_path(path);
+    Err(error.with_hint("leave out --write; if it is a VHDX all the same, say --from vhdx").into())
+}
+
 impl<'a> Disks<'a> {
     /// Opens everything, or closes what was opened before it failed.
     pub(crate) fn open(context: &'a Context, args: &'a ServeArgs, names: Vec<String>) -> Result<Self, Failure> {
@@ -102,6 +112,7 @@ impl<'a> Disks<'a> {
         path: &'a Path,
         name: String,
     ) -> Result<(), Failure> {
+        refuse_raw(context, args, path)?;
         let writing = WritingArgs { replay: args.replay, from: args.from };
         let session = Session::open(context, path, &writing).map_err(|failure| self.about_locks(failure))?;
         let image = Arc::clone(&session.image);
