@@ -28,12 +28,23 @@ const FIRST_BLOCKS: u64 = 16384;
 /// The disk of first writes, with as large blocks as the writes lie apart.
 const FIRST: Disk = Disk { bytes: FIRST_BLOCKS * MIB, block_bytes: Some(MIB) };
 
-/// How a disk in page cache is filled, through the server that is measured: page after page.
-const FILL_PAGES: Job =
-    Job { words: "--rw=write --bs=4k --iodepth=1 --size=100% --end_fsync=1", figure: Figure::PerSecond };
+/// How a disk is filled through the server that is measured, and how it is seen that it holds what was written.
+#[derive(Clone, Copy)]
+struct Fill {
+    write: &'static str,
+    check: &'static str,
+}
+
+/// How a disk in page cache is filled: page after page.
+const FILL_PAGES: Fill = Fill {
+    write: "--rw=write --bs=4k --iodepth=1 --size=100% --end_fsync=1 --verify=crc32c --do_verify=0",
+    check: "--rw=read --bs=4k --iodepth=32 --size=100% --verify=crc32c --verify_fatal=1",
+};
 /// How a disk is filled whose page cache is dropped afterwards.
-const FILL_QUICKLY: Job =
-    Job { words: "--rw=write --bs=1m --iodepth=8 --size=100% --end_fsync=1", figure: Figure::PerSecond };
+const FILL_QUICKLY: Fill = Fill {
+    write: "--rw=write --bs=1m --iodepth=8 --size=100% --end_fsync=1 --verify=crc32c --do_verify=0",
+    check: "--rw=read --bs=1m --iodepth=8 --size=100% --verify=crc32c --verify_fatal=1",
+};
 
 /// Without these there is nothing to compare.
 fn tools() -> Outcome {
@@ -46,14 +57,14 @@ fn tools() -> Outcome {
 }
 
 /// A server whose disk is full. The disk is made and filled unless an earlier row has done so.
-fn full(bench: &Bench, kind: Kind, path: &Path, disk: Disk, fill: Job) -> Outcome<Server> {
+fn full(bench: &Bench, kind: Kind, path: &Path, disk: Disk, fill: Fill) -> Outcome<Server> {
     let is_new = kind.has_file() && !path.exists();
     if is_new {
         kind.create(bench, path, disk)?;
     }
     let filled = Server::start(bench, kind, path, disk.bytes).and_then(|server| {
-        if is_new {
-            nbd_fio::run(&server, fill, None, &bench.memory)?;
+        for words in [fill.write, fill.check].into_iter().filter(|_| is_new) {
+            nbd_fio::run(&server, Job { words, figure: Figure::PerSecond }, None, &bench.memory)?;
         }
         Ok(server)
     });
@@ -68,7 +79,7 @@ struct Steady<'a> {
     kinds: &'a [Kind],
     folder: &'a Path,
     disk: Disk,
-    fill: Job,
+    fill: Fill,
     job: Job,
     /// What is done before each run.
     before: fn() -> Outcome,

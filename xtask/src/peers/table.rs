@@ -53,7 +53,6 @@ fn verdict(goal: &Goal, row: &Row) -> (String, bool) {
     let median = ours.and_then(Measured::median);
     let of = |label: &str| row.measured.iter().find(|other| other.label == label).and_then(Measured::median);
     let to = |label: &str| median.zip(of(label)).map(|(ours, theirs)| ours / theirs);
-    let between = |one: &str, other: &str| of(one).zip(of(other)).map(|(one, other)| one / other);
     let or_none = |seen: Option<String>| seen.unwrap_or_else(|| "not measured".to_owned());
     let (words, reached) = match goal {
         Goal::Ratio(label, most) => {
@@ -61,17 +60,10 @@ fn verdict(goal: &Goal, row: &Row) -> (String, bool) {
             let shown = or_none(seen.map(|ratio| format!("{ratio:.2}")));
             (format!("at most {most:.2} times `{label}`: {shown}"), seen.is_some_and(|ratio| ratio <= *most))
         }
-        Goal::Rate(label, least) => {
-            let seen = to(label);
-            let shown = or_none(seen.map(|ratio| format!("{:.1} %", ratio * 100.0)));
-            let words = format!("at least {:.0} % of `{label}`: {shown}", least * 100.0);
-            (words, seen.is_some_and(|ratio| ratio >= *least))
-        }
+        Goal::Rate(label, least) => at_least("", label, to(label), *least),
         Goal::RateOf(whose, label, least) => {
-            let seen = between(whose, label);
-            let shown = or_none(seen.map(|ratio| format!("{:.1} %", ratio * 100.0)));
-            let words = format!("`{whose}` at least {:.0} % of `{label}`: {shown}", least * 100.0);
-            (words, seen.is_some_and(|ratio| ratio >= *least))
+            let seen = of(whose).zip(of(label)).map(|(one, other)| one / other);
+            at_least(&format!("`{whose}` "), label, seen, *least)
         }
         Goal::Seconds(most) => {
             let shown = or_none(median.map(duration));
@@ -85,6 +77,13 @@ fn verdict(goal: &Goal, row: &Row) -> (String, bool) {
         Goal::Holds(what, holds) => (what.clone(), *holds),
     };
     (format!("{}: {words}", if reached { "reached" } else { "MISSED" }), reached)
+}
+
+/// A goal on a rate in terms of another: whose it is, where it is not vhdkit's.
+fn at_least(whose: &str, label: &str, seen: Option<f64>, least: f64) -> (String, bool) {
+    let shown = seen.map_or("not measured".to_owned(), |ratio| format!("{:.1} %", ratio * 100.0));
+    let words = format!("{whose}at least {:.0} % of `{label}`: {shown}", least * 100.0);
+    (words, seen.is_some_and(|ratio| ratio >= least))
 }
 
 fn duration(seconds: f64) -> String {
