@@ -1,10 +1,10 @@
 //! NBD servers, measured by fio through a Unix socket: vhdkit's beside those of nbdkit and QEMU, and beside two that show
 //! what the socket and fio allow.
 //!
-//! All but the rows that say so keep their files in memory (tmpfs). That is page cache and nothing else: there is no
-//! writeback that starts when the kernel likes to, takes one of few processors, and hits whoever is at turn. The same
-//! files on a disk would be read from the same kind of page; for first writes, where a disk decides, there are rows for
-//! both.
+//! Rows keep their files in memory (tmpfs) unless they say otherwise. That is page cache and nothing else: there is no
+//! writeback that starts when the kernel likes to, takes one of few processors, and hits whoever is at turn. But a server
+//! may know that nothing in tmpfs ever waits for a medium, so what counts most is measured on a disk as well, everything
+//! in page cache again, and all that is dirty written back before each run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -78,6 +78,8 @@ fn full(bench: &Bench, kind: Kind, path: &Path, disk: Disk, fill: Fill) -> Outco
 struct Steady<'a> {
     kinds: &'a [Kind],
     folder: &'a Path,
+    /// What the names of its files begin with.
+    prefix: &'static str,
     disk: Disk,
     fill: Fill,
     job: Job,
@@ -85,18 +87,27 @@ struct Steady<'a> {
     before: fn() -> Outcome,
 }
 
+impl Steady<'_> {
+    fn path(&self, kind: Kind) -> PathBuf {
+        self.folder.join(format!("{}-{}", self.prefix, kind.file_name()))
+    }
+
+    fn remove_files(&self) -> Outcome {
+        self.kinds.iter().try_for_each(|kind| remove(&self.path(*kind)))
+    }
+}
+
 /// Starts all servers, lets fio take turns between them, and looks at their memory before they end.
 fn steady(bench: &Bench, row: &Steady<'_>) -> Outcome<Vec<Measured>> {
     tools()?;
-    let path = |kind: &Kind| row.folder.join(kind.file_name());
     let servers: Vec<Result<Server, String>> = row
         .kinds
         .iter()
-        .map(|kind| full(bench, *kind, &path(kind), row.disk, row.fill).map_err(|error| error.to_string()))
+        .map(|kind| full(bench, *kind, &row.path(*kind), row.disk, row.fill).map_err(|error| error.to_string()))
         .collect();
     let mut samplers = Vec::new();
     for (kind, server) in row.kinds.iter().zip(&servers) {
-        let line = Server::line(bench, *kind, &path(kind), row.disk.bytes)?;
+        let line = Server::line(bench, *kind, &row.path(*kind), row.disk.bytes)?;
         samplers.push(Sampler::new(kind.label(), line, || {
             let server = server.as_ref().map_err(Clone::clone)?;
             (row.before)()?;
@@ -114,31 +125,66 @@ fn steady(bench: &Bench, row: &Steady<'_>) -> Outcome<Vec<Measured>> {
     Ok(measured)
 }
 
-/// The row of servers whose files are in page cache.
+/// A row of servers whose files are in memory, where they stay for the rows that follow.
 fn warm(bench: &Bench, kinds: &[Kind], job: Job) -> Outcome<Vec<Measured>> {
-    let before = || Ok(());
-    steady(bench, &Steady { kinds, folder: &bench.memory, disk: WARM, fill: FILL_PAGES, job, before })
+    let (folder, prefix, before) = (&bench.memory, "full", || Ok(()));
+    steady(bench, &Steady { kinds, folder, prefix, disk: WARM, fill: FILL_PAGES, job, before })
+}
+
+/// A row of servers whose files are on a disk and in page cache. Until their pages are old enough for the kernel to begin
+/// with writing them back, a run is over.
+fn warm_on_disk(bench: &Bench, job: Job) -> Outcome<Vec<Measured>> {
+    let (folder, prefix) = (&bench.disk, "full");
+    let row = Steady { kinds: &ALL, folder, prefix, disk: WARM, fill: FILL_PAGES, job, before: write_back };
+    let measured = steady(bench, &row);
+    row.remove_files()?;
+    measured
+}
+
+/// Writes back what is dirty in the page cache.
+fn write_back() -> Outcome {
+    shell::output(&mut Command::new("sync")).map(drop)
 }
 
 /// All but vhdkit that polls.
 const ALL: [Kind; 5] = [Kind::Vhdkit, Kind::Nbdkit, Kind::Qemu, Kind::Prototype, Kind::Null];
 
+/// Random reads at depth 32.
+const RANDOM_READS: Job = Job { words: "--rw=randread --bs=4k --iodepth=32", figure: Figure::PerSecond };
+/// Random writes at depth 32.
+const RANDOM_WRITES: Job = Job { words: "--rw=randwrite --bs=4k --iodepth=32", figure: Figure::PerSecond };
+
+fn random_reads_row(title: &'static str, measured: Vec<Measured>) -> Row {
+    let goals = vec![Goal::Rate(NBDKIT, 1.7), Goal::Rate(QEMU_NBD, 6.0), Goal::Rate(NULL, 0.9)];
+    Row { title, measured, goals, unit: Unit::PerSecond }
+}
+
+fn random_writes_row(title: &'static str, measured: Vec<Measured>) -> Row {
+    let goals = vec![Goal::Rate(NBDKIT, 1.2), Goal::Rate(QEMU_NBD, 4.0), Goal::Rate(NULL, 0.75)];
+    Row { title, measured, goals, unit: Unit::PerSecond }
+}
+
 pub(crate) fn random_reads(bench: &Bench) -> Outcome<Row> {
-    let job = Job { words: "--rw=randread --bs=4k --iodepth=32", figure: Figure::PerSecond };
-    let measured = warm(bench, &ALL, job)?;
     let title = "Random 4 KiB reads of a full disk of 1 GiB in page cache (tmpfs), 32 at a time: \
                  `fio --ioengine=nbd --rw=randread --bs=4k --iodepth=32`.";
-    let goals = vec![Goal::Rate(NBDKIT, 1.7), Goal::Rate(QEMU_NBD, 6.0), Goal::Rate(NULL, 0.9)];
-    Ok(Row { title, measured, goals, unit: Unit::PerSecond })
+    Ok(random_reads_row(title, warm(bench, &ALL, RANDOM_READS)?))
+}
+
+pub(crate) fn random_reads_on_disk(bench: &Bench) -> Outcome<Row> {
+    let title = "The same with files on a disk, all of them in page cache.";
+    Ok(random_reads_row(title, warm_on_disk(bench, RANDOM_READS)?))
 }
 
 pub(crate) fn random_writes(bench: &Bench) -> Outcome<Row> {
-    let job = Job { words: "--rw=randwrite --bs=4k --iodepth=32", figure: Figure::PerSecond };
-    let measured = warm(bench, &ALL, job)?;
     let title = "Random 4 KiB writes to a full disk of 1 GiB in page cache (tmpfs), 32 at a time: \
                  `fio --ioengine=nbd --rw=randwrite --bs=4k --iodepth=32`.";
-    let goals = vec![Goal::Rate(NBDKIT, 1.2), Goal::Rate(QEMU_NBD, 4.0), Goal::Rate(NULL, 0.75)];
-    Ok(Row { title, measured, goals, unit: Unit::PerSecond })
+    Ok(random_writes_row(title, warm(bench, &ALL, RANDOM_WRITES)?))
+}
+
+pub(crate) fn random_writes_on_disk(bench: &Bench) -> Outcome<Row> {
+    let title =
+        "The same with files on a disk, all of them in page cache; what is dirty is written back before each run.";
+    Ok(random_writes_row(title, warm_on_disk(bench, RANDOM_WRITES)?))
 }
 
 pub(crate) fn single_reads(bench: &Bench) -> Outcome<Row> {
@@ -186,13 +232,11 @@ fn drop_caches() -> Outcome {
 
 pub(crate) fn cold_reads(bench: &Bench) -> Outcome<Row> {
     drop_caches()?;
-    let job = Job { words: "--rw=randread --bs=4k --iodepth=32", figure: Figure::PerSecond };
-    let kinds = [Kind::Vhdkit, Kind::Nbdkit, Kind::Qemu];
-    let row = Steady { kinds: &kinds, folder: &bench.disk, disk: COLD, fill: FILL_QUICKLY, job, before: drop_caches };
+    let kinds = &[Kind::Vhdkit, Kind::Nbdkit, Kind::Qemu];
+    let (folder, prefix, job, before) = (&bench.disk, "cold", RANDOM_READS, drop_caches);
+    let row = Steady { kinds, folder, prefix, disk: COLD, fill: FILL_QUICKLY, job, before };
     let measured = steady(bench, &row);
-    for kind in kinds {
-        remove(&bench.disk.join(kind.file_name()))?;
-    }
+    row.remove_files()?;
     let title = "Random 4 KiB reads of a full disk of 4 GiB on a disk, 32 at a time, the page cache dropped before each \
                  run: `fio --ioengine=nbd --rw=randread --bs=4k --iodepth=32`.";
     Ok(Row { title, measured: measured?, goals: vec![Goal::Rate(NBDKIT, 1.0)], unit: Unit::PerSecond })

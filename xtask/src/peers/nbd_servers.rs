@@ -55,15 +55,15 @@ impl Kind {
         }
     }
 
-    /// Its file: nobody else's, since each is filled through the server that it is measured with.
+    /// How the name of its file ends: nobody else's, since each is filled through the server that it is measured with.
     pub(super) fn file_name(self) -> &'static str {
         match self {
-            Self::Vhdkit => "nbd-vhdkit.vhdx",
-            Self::Polling => "nbd-polling.vhdx",
-            Self::Nbdkit => "nbd-nbdkit.raw",
-            Self::Qemu => "nbd-qemu.vhdx",
-            Self::Prototype => "nbd-prototype.raw",
-            Self::Null => "nbd-null",
+            Self::Vhdkit => "vhdkit.vhdx",
+            Self::Polling => "polling.vhdx",
+            Self::Nbdkit => "nbdkit.raw",
+            Self::Qemu => "qemu.vhdx",
+            Self::Prototype => "prototype.raw",
+            Self::Null => "null",
         }
     }
 

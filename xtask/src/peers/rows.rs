@@ -20,7 +20,7 @@ use crate::shell::{self, Outcome};
 type Make = fn(&Bench) -> Outcome<Row>;
 
 /// Every row, by name.
-pub(crate) const ROWS: [(&str, Make); 31] = [
+pub(crate) const ROWS: [(&str, Make); 33] = [
     ("dense raw to VHDX", dense_in),
     ("dense VHDX to raw", dense_out),
     ("sparse raw to VHDX", sparse_in),
@@ -44,7 +44,9 @@ pub(crate) const ROWS: [(&str, Make); 31] = [
     ("sequential write on a disk", writes::sequential_on_disk),
     ("memory of writing 64 TiB", writes::memory),
     ("nbd random reads, depth 32", nbd::random_reads),
+    ("nbd random reads on a disk, depth 32", nbd::random_reads_on_disk),
     ("nbd random writes, depth 32", nbd::random_writes),
+    ("nbd random writes on a disk, depth 32", nbd::random_writes_on_disk),
     ("nbd random reads, depth 1", nbd::single_reads),
     ("nbd sequential reads, depth 8", nbd::sequential_reads),
     ("nbd sequential writes, depth 8", nbd::sequential_writes),
