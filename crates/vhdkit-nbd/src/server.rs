@@ -381,3 +381,11 @@ fn converse(common: &Arc<Common>, id: u64, stream: &Arc<Stream>) {
         End::Broken(error) => tracing::info!(connection = id, %error, "connection lost"),
     }
 }
+
+/// For fuzzing: one connection, on this thread. A panic of it is not caught.
+pub fn fuzz(exports: Vec<Export>, stream: std::os::unix::net::UnixStream) -> Result<Totals, StartError> {
+    let server = Server::new(exports, Options::default())?;
+    converse(&server.common, 1, &Arc::new(Stream::Unix(stream)));
+    server.common.pool.end();
+    Ok(server.handle().totals())
+}
