@@ -298,7 +298,8 @@ fn what_could_reach_others_or_clash_is_refused() {
     refused(&scratch, &["base.vhdx", "other/base.vhdx"], 2, "start a server for each, with --name");
     refused(&scratch, &["base.vhdx", "child.vhdx", "--name", "x"], 2, "--name is for one image");
     refused(&scratch, &["base.vhdx", "--name", &"x".repeat(5000)], 2, "4096");
-    for images in [["base.vhdx", "child.vhdx"], ["child.vhdx", "base.vhdx"]] {
+    std::os::unix::fs::symlink("base.vhdx", scratch.join("link.vhdx")).unwrap();
+    for images in [["base.vhdx", "child.vhdx"], ["child.vhdx", "base.vhdx"], ["base.vhdx", "link.vhdx"]] {
         refused(&scratch, &[images[0], images[1], "--write"], 6, "belongs to two of the images");
     }
     refused(&scratch, &["base.vhdx", "--write", "--force-share"], 2, "--force-share");

@@ -58,7 +58,7 @@ mod system_calls {
     use seccompiler::{BpfProgram, Error, SeccompAction, SeccompFilter, apply_filter};
 
     /// What a server that is up never does: other programs, other processes, new connections, and the system itself.
-    const REFUSED: [libc::c_long; 59] = [
+    const REFUSED: [libc::c_long; 58] = [
         // Programs.
         libc::SYS_execve,
         libc::SYS_execveat,
@@ -107,7 +107,6 @@ mod system_calls {
         libc::SYS_io_uring_enter,
         libc::SYS_io_uring_register,
         libc::SYS_kexec_load,
-        libc::SYS_kexec_file_load,
         libc::SYS_init_module,
         libc::SYS_finit_module,
         libc::SYS_delete_module,
@@ -125,12 +124,20 @@ mod system_calls {
         libc::SYS_vhangup,
     ];
 
-    /// The same where processors have more of it.
+    /// The same where processors differ.
     #[cfg(target_arch = "x86_64")]
-    const REFUSED_TOO: [libc::c_long; 5] =
-        [libc::SYS_iopl, libc::SYS_ioperm, libc::SYS_modify_ldt, libc::SYS_uselib, libc::SYS_fork];
+    const REFUSED_TOO: [libc::c_long; 7] = [
+        libc::SYS_kexec_file_load,
+        libc::SYS_iopl,
+        libc::SYS_ioperm,
+        libc::SYS_modify_ldt,
+        libc::SYS_uselib,
+        libc::SYS_fork,
+        libc::SYS_vfork,
+    ];
+    /// kexec_file_load, which the crate does not know for all C libraries.
     #[cfg(target_arch = "aarch64")]
-    const REFUSED_TOO: [libc::c_long; 0] = [];
+    const REFUSED_TOO: [libc::c_long; 1] = [294];
 
     /// Refuses them to this thread, and to those that it makes.
     pub(super) fn restrict() -> Result<(), String> {
