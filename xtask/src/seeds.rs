@@ -190,6 +190,7 @@ fn programs() -> Vec<Vec<u8>> {
 }
 
 /// Conversations with a server, in the form that `fuzz/fuzz_targets/nbd.rs` describes.
+#[expect(clippy::big_endian_bytes, reason = "the protocol is big-endian")]
 fn conversations() -> Vec<Vec<u8>> {
     let option = |kind: u32, data: &[u8]| {
         let length = u32::try_from(data.len()).unwrap_or_default();
