@@ -190,13 +190,17 @@ fn programs() -> Vec<Vec<u8>> {
 }
 
 /// Conversations with a server, in the form that `fuzz/fuzz_targets/nbd.rs` describes.
+#[expect(clippy::big_endian_bytes, reason = "the protocol is big-endian")]
 fn conversations() -> Vec<Vec<u8>> {
     let option = |kind: u32, data: &[u8]| {
         let length = u32::try_from(data.len()).unwrap_or_default();
         [b"IHAVEOPT".as_slice(), &kind.to_be_bytes(), &length.to_be_bytes(), data].concat()
     };
     let named = |rest: &[u8]| [&4_u32.to_be_bytes(), b"disk".as_slice(), rest].concat();
-    let query = |text: &[u8]| named(&[&1_u32.to_be_bytes(), &(text.len() as u32).to_be_bytes(), text].concat());
+    let query = |text: &[u8]| {
+        let length = u32::try_from(text.len()).unwrap_or_default();
+        named(&[&1_u32.to_be_bytes(), length.to_be_bytes().as_slice(), text].concat())
+    };
     let options = [
         option(8, &[]),
         option(11, &[]),
