@@ -159,3 +159,47 @@ mod system_calls {
         Err("not for this processor".to_owned())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, File};
+    use std::io::{self, Write as _};
+    use std::net::{TcpListener, TcpStream};
+    use std::process::Command;
+
+    #[test]
+    fn what_was_given_up_is_gone_and_what_is_open_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let mut open = File::create(&path).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        // It holds for the thread that asks for it, and for those that it makes.
+        let confined = std::thread::spawn(move || {
+            let status = restrict_files(None).unwrap();
+            let calls = system_calls::restrict();
+            std::thread::spawn(move || {
+                let denied = |error: io::Error| assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
+                open.write_all(b"more").unwrap();
+                open.set_len(1 << 20).unwrap();
+                open.sync_all().unwrap();
+                if status != RulesetStatus::NotEnforced {
+                    denied(File::open(&path).unwrap_err());
+                    denied(File::create(path.with_extension("new")).unwrap_err());
+                    denied(fs::remove_file(&path).unwrap_err());
+                    denied(fs::read_dir("/").unwrap_err());
+                }
+                if calls.is_ok() {
+                    denied(Command::new("/bin/true").spawn().unwrap_err());
+                    denied(TcpStream::connect(address).unwrap_err());
+                    denied(TcpListener::bind("127.0.0.1:0").unwrap_err());
+                }
+            })
+            .join()
+        });
+        confined.join().unwrap().unwrap();
+        assert_eq!(fs::metadata(directory.path().join("file")).unwrap().len(), 1 << 20);
+        TcpStream::connect(address).unwrap();
+    }
+}
