@@ -242,6 +242,11 @@ impl Connection {
                     return Ok(());
                 }
             }
+            // Replies wait for others only as long as there is room for many more.
+            let few = self.output.used > 0 && self.output.room() > PART_BYTES / 2;
+            if few && self.input.gather(self.session.outgoing.channel(), self.together)? {
+                continue;
+            }
             let together = std::mem::take(&mut self.together);
             let begun = !self.input.available().is_empty();
             if !self.receive(if begun { Expected::Rest } else { Expected::Request(together) })? {

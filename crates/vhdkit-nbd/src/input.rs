@@ -50,6 +50,46 @@ struct Patience {
     poll: Option<Duration>,
     /// Without: whether the client sends so many that another one is likely to come at once.
     credit: u32,
+    gathering: Gathering,
+}
+
+/// How many replies to send together, learned from what the client does. A client with many requests in flight has other
+/// replies to take while some are held back for a moment, and taking those together costs it less.
+#[derive(Debug)]
+struct Gathering {
+    /// So many are sent together, if requests come as fast as that.
+    target: u32,
+    /// So many times the target stays before a larger one is tried, as the last try was in vain.
+    hold: u32,
+    /// What that becomes when the next try is in vain.
+    next_hold: u32,
+}
+
+impl Gathering {
+    const TARGET_MAX: u32 = 16;
+    const HOLD_MAX: u32 = 64;
+
+    const fn new() -> Self {
+        Self { target: 1, hold: 0, next_hold: 1 }
+    }
+
+    /// As many as wanted came together.
+    fn reached(&mut self) {
+        if self.hold > 0 {
+            self.hold -= 1;
+        } else if self.target < Self::TARGET_MAX {
+            self.target += 1;
+        } else {
+            self.next_hold = 1;
+        }
+    }
+
+    /// Only so many came.
+    fn missed(&mut self, count: u32) {
+        self.target = count.clamp(1, self.target);
+        self.hold = self.next_hold;
+        self.next_hold = (self.next_hold * 2).min(Self::HOLD_MAX);
+    }
 }
 
 impl Patience {
@@ -83,7 +123,7 @@ impl Input {
             start: 0,
             end: 0,
             receiver,
-            patience: Patience { poll: poll.then_some(POLL_MAX), credit: 0 },
+            patience: Patience { poll: poll.then_some(POLL_MAX), credit: 0, gathering: Gathering::new() },
         }
     }
 
@@ -107,24 +147,54 @@ impl Input {
         self.start = (self.start + count).min(self.end);
     }
 
-    /// Receives more; false when nothing comes any more. There must be room: no caller needs more than the buffer holds.
-    pub(crate) fn fill(&mut self, channel: &Channel, expected: Expected) -> io::Result<bool> {
+    /// Whether another request comes in the next moment, with which the replies to the last `count` could be sent; it is
+    /// received then. Never for a client that sends one request after the other.
+    pub(crate) fn gather(&mut self, channel: &Channel, count: u32) -> io::Result<bool> {
+        if self.patience.credit == 0 {
+            return Ok(false);
+        }
+        if count >= self.patience.gathering.target {
+            self.patience.gathering.reached();
+            return Ok(false);
+        }
+        let found = self.receive_within(channel, NEXT_TIME)?;
+        if found.is_none() {
+            self.patience.gathering.missed(count);
+        }
+        Ok(found.is_some_and(|count| count > 0))
+    }
+
+    /// Moves what is there to the front, so that there is as much room as there can be behind it.
+    fn make_room(&mut self) {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
         } else if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
+    }
+
+    /// Receives what comes within a time; `None` when that is nothing, 0 at the end.
+    fn receive_within(&mut self, channel: &Channel, time: Duration) -> io::Result<Option<usize>> {
+        self.make_room();
         let room = self.bytes.get_mut(self.end..).unwrap_or_default();
-        let mut found = None;
+        let found = look(channel, &mut self.receiver, room, time)?;
+        self.end += found.unwrap_or_default();
+        Ok(found)
+    }
+
+    /// Receives more; false when nothing comes any more. There must be room: no caller needs more than the buffer holds.
+    pub(crate) fn fill(&mut self, channel: &Channel, expected: Expected) -> io::Result<bool> {
         if let Some(time) = self.patience.time(expected) {
-            found = look(channel, &mut self.receiver, room, time)?;
+            let found = self.receive_within(channel, time)?;
             self.patience.learn(expected, found.is_some());
+            if let Some(count) = found {
+                return Ok(count > 0);
+            }
         }
-        let count = match found {
-            Some(count) => count,
-            None => channel.receive(&mut self.receiver, room, RecvFlags::empty())?,
-        };
+        self.make_room();
+        let room = self.bytes.get_mut(self.end..).unwrap_or_default();
+        let count = channel.receive(&mut self.receiver, room, RecvFlags::empty())?;
         self.end += count;
         Ok(count > 0)
     }
