@@ -93,6 +93,18 @@ impl BatCache {
         Ok(BatEntry(entry))
     }
 
+    /// The entry at an index, when its page is in memory and it can be used.
+    #[inline]
+    pub(crate) fn in_memory(&self, index: BatIndex) -> Option<BatEntry> {
+        let slot = self.slot(page_of(index)).ok()?;
+        let Some(page) = slot.page.get() else {
+            // A page comes first and the mark goes last: without a page the mark is true.
+            return slot.is_zero.load(Ordering::Acquire).then_some(BatEntry(0));
+        };
+        let entry = cell(page, index)?.load(Ordering::SeqCst);
+        (entry != UNUSABLE).then_some(BatEntry(entry))
+    }
+
     #[inline]
     fn slot(&self, page_number: u64) -> Result<&PageSlot> {
         let (slot, page) = (page_number / SLOT_PAGES as u64, page_number % SLOT_PAGES as u64);

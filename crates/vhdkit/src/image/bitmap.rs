@@ -78,6 +78,11 @@ impl BitmapCache {
         self.pinned().get(&key).map(|pinned| Arc::clone(&pinned.page))
     }
 
+    /// A page, when it is in memory.
+    pub(crate) fn in_memory(&self, key: BitmapKey) -> Option<Arc<BitmapPage>> {
+        self.held(key).or_else(|| self.shard(key).pages.get(&key).map(Arc::clone))
+    }
+
     /// A page; `offset` is where it stands in the file. No lock is held while reading.
     pub(crate) fn page(&self, key: BitmapKey, offset: FileOffset, view: &View) -> Result<Arc<BitmapPage>> {
         loop {

@@ -163,6 +163,11 @@ impl Shared {
             match writer.try_reserve(keys, wait) {
                 Reserved::Yes => return Ok(true),
                 Reserved::Busy => return Ok(false),
+                Reserved::WithoutRoom if wait == Wait::AtOnce => {
+                    writer.unreserve(keys.iter());
+                    return Ok(false);
+                }
+                Reserved::Full if wait == Wait::AtOnce => return Ok(false),
                 Reserved::WithoutRoom => {
                     let made = match writer.lock_commit(wait) {
                         Some(mut commit) => self.make_room(writer, &mut commit).map(|()| true),
@@ -191,16 +196,20 @@ impl Shared {
         Ok(())
     }
 
-    /// Settles freed space before the file would have to grow, when there is much of it.
-    fn settle_freed(&self, writer: &Writer, wait: Wait) -> Result<()> {
+    /// Settles freed space before the file would have to grow, when there is much of it. False when that takes longer than
+    /// the caller can.
+    fn settle_freed(&self, writer: &Writer, wait: Wait) -> Result<bool> {
         if writer.waiting_bytes() < WAITING_MAX {
-            return Ok(());
+            return Ok(true);
         }
         let wanted = !writer.meta().space.has_room(self.top().geometry().block_size());
+        if wanted && wait == Wait::AtOnce {
+            return Ok(false);
+        }
         if wanted && let Some(mut commit) = writer.lock_commit(wait) {
             self.settle(writer, &mut commit, wait)?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Does something once more when there was no room for it, and freed space has become room.
@@ -255,7 +264,9 @@ impl Shared {
     }
 
     fn begin_change(&self, writer: &Writer, block: BlockIndex, range: &Range<u64>, wait: Wait) -> Result<Prepared> {
-        self.settle_freed(writer, wait)?;
+        if !self.settle_freed(writer, wait)? {
+            return Ok(Prepared::Busy);
+        }
         let keys = self.keys_of(block);
         if !self.reserve(writer, &keys, wait)? {
             return Ok(Prepared::Busy);
@@ -492,7 +503,7 @@ impl Shared {
     fn grow(&self, writer: &Writer, wait: Wait, wanted: impl Fn(u64) -> Option<u64>) -> Result<bool> {
         let _growing = match wait {
             Wait::Yes => writer.growth.lock().unwrap_or_else(PoisonError::into_inner),
-            Wait::No => match writer.growth.try_lock() {
+            Wait::No | Wait::AtOnce => match writer.growth.try_lock() {
                 Ok(growing) => growing,
                 Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(), // it guards nothing that could be half done
                 Err(TryLockError::WouldBlock) => return Ok(false),

@@ -56,6 +56,17 @@ impl Extent {
     }
 }
 
+/// What reading without waiting gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AtOnce {
+    /// The buffer is filled.
+    Filled,
+    /// All of the range reads as zero; the buffer is as it was, or zero.
+    Zero,
+    /// It would have to wait, or cannot tell; the buffer holds nothing of use.
+    Waits,
+}
+
 /// Takes extents one after another; breaks to stop.
 pub type VisitExtent<'a> = dyn FnMut(&Extent) -> ControlFlow<()> + 'a;
 
@@ -91,6 +102,15 @@ pub trait BlockDevice: Debug + Send + Sync {
     /// reading it. `buf` holds nothing of use then.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
 
+    /// Reads without waiting for a medium or for another thread, for callers with other things to do meanwhile.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::read_at`]; an error may also be left to the call that waits.
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> Result<AtOnce> {
+        let _ = (buf, offset);
+        Ok(AtOnce::Waits)
+    }
+
     /// Visits what a range is made of, in order, without gaps. Neighbours that are alike are joined as far as that
     /// costs nothing. Where data lies in a file is true until somebody zeroes or discards it: who copies by it reads
     /// from a disk that nobody changes meanwhile, or plans his reads.
@@ -115,6 +135,17 @@ pub trait BlockDevice: Debug + Send + Sync {
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         let _ = (buf, offset);
         Err(super::writer::read_only())
+    }
+
+    /// As [`BlockDevice::write_at`], but `false` where that means waiting for another thread, or more than handing the
+    /// bytes to the operating system: some of it may have been written then, and it is to be written again. As any write
+    /// it may still be held up by a system that has too much to write.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write_at`]; an error may also be left to the call that waits.
+    fn write_at_once(&self, buf: &[u8], offset: u64) -> Result<bool> {
+        let _ = (buf, offset);
+        Ok(false)
     }
 
     /// As [`BlockDevice::write_at`], and durable when it returns (FUA).

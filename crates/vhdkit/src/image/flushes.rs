@@ -70,7 +70,7 @@ impl Flushes {
                 state.leads = true;
                 return Turn::Lead(Lead(self));
             }
-            if wait == Wait::No {
+            if wait != Wait::Yes {
                 return Turn::Busy;
             }
             state.waiting += 1;

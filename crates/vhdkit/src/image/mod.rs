@@ -1,6 +1,7 @@
 //! Disks: VHDX images, alone or in a chain of parents, and raw ones.
 
 mod admission;
+mod at_once;
 mod bat;
 mod bitmap;
 mod change;
@@ -12,6 +13,7 @@ mod flushes;
 mod gate;
 mod headers;
 pub(crate) mod layer;
+mod layer_disk;
 mod open;
 mod parents;
 mod plan;
@@ -34,9 +36,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use device::{BlockDevice, Extent, ExtentKind, VisitExtent};
+pub use device::{AtOnce, BlockDevice, Extent, ExtentKind, VisitExtent};
 pub use file_resolver::FileResolver;
 pub use layer::Layer;
+pub use layer_disk::LayerDisk;
 pub use open::{CHAIN_DEPTH_MAX, OpenOptions};
 pub use parents::{DenyParents, ParentCandidate, ParentRequest, ParentResolver};
 pub use plan::{ReadPlan, ReadStep, WritePlan};
@@ -406,6 +409,13 @@ impl BlockDevice for Image {
         shared.read_layer(0, buf, offset)
     }
 
+    #[inline]
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> Result<AtOnce> {
+        check_range(offset, buf.len() as u64, self.geometry().disk_size())?;
+        let _inside = self.shared.gate.enter();
+        self.shared.read_at_once(0, buf, offset)
+    }
+
     fn visit_extents(&self, range: Range<u64>, visit: &mut VisitExtent<'_>) -> Result<()> {
         check_range(range.start, range.end.saturating_sub(range.start), self.size())?;
         extents::visit_chain(&self.shared.layers, self.shared.parents_missing, range, visit)
@@ -429,6 +439,12 @@ impl BlockDevice for Image {
             }
         }
         self.shared.write(buf, offset, Wait::Yes).map(|_| ()).map_err(|error| self.name(error))
+    }
+
+    #[inline]
+    fn write_at_once(&self, buf: &[u8], offset: u64) -> Result<bool> {
+        check_range(offset, buf.len() as u64, self.geometry().disk_size())?;
+        self.shared.write_at_once(buf, offset).map_err(|error| self.name(error))
     }
 
     fn write_zeroes(&self, range: Range<u64>, unmap: bool) -> Result<()> {

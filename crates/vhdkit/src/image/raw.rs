@@ -3,7 +3,7 @@
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use super::device::{BlockDevice, Extent, ExtentKind, VisitExtent, check_range};
+use super::device::{AtOnce, BlockDevice, Extent, ExtentKind, VisitExtent, check_range};
 use crate::error::{Error, Result};
 use crate::format::guid::Guid;
 use crate::storage::Storage;
@@ -74,6 +74,16 @@ impl BlockDevice for RawDisk {
             return Ok(());
         }
         self.storage.read_at(data, offset).map_err(|error| Error::io(format!("cannot read at {offset:#x}"), error))
+    }
+
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> Result<AtOnce> {
+        check_range(offset, buf.len() as u64, self.size)?;
+        if offset + buf.len() as u64 > self.length {
+            return Ok(AtOnce::Waits); // reaches into the padding, which is rare
+        }
+        let read = self.storage.read_at_once(buf, offset);
+        let filled = read.map_err(|error| Error::io(format!("cannot read at {offset:#x}"), error))?;
+        Ok(if filled { AtOnce::Filled } else { AtOnce::Waits })
     }
 
     fn visit_extents(&self, range: Range<u64>, visit: &mut VisitExtent<'_>) -> Result<()> {

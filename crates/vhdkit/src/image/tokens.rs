@@ -33,6 +33,8 @@ pub(crate) enum Wait {
     Yes,
     /// Not at all: say busy.
     No,
+    /// Nor is anything done that takes long by itself, such as a commit.
+    AtOnce,
 }
 
 #[derive(Debug, Default)]
@@ -119,7 +121,7 @@ impl Tokens {
         let mut state = blocks.states.entry(block.0).or_default();
         let behind = state.waiting_alone > 0;
         if !state.admits(hold) || behind {
-            if wait == Wait::No {
+            if wait != Wait::Yes {
                 if state.is_free() {
                     blocks.states.remove(&block.0);
                 }

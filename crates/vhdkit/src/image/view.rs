@@ -185,6 +185,17 @@ impl View {
         self.read_slowly(buf, offset)
     }
 
+    /// As [`View::read_at`], but false where that would have to wait for the medium.
+    #[inline]
+    pub(crate) fn read_at_once(&self, buf: &mut [u8], offset: u64) -> Result<bool> {
+        let inside = offset.checked_add(buf.len() as u64).is_some_and(|end| end <= self.physical_size());
+        if !inside || self.has_overlay.load(Ordering::Acquire) {
+            return Ok(false);
+        }
+        let length = buf.len();
+        self.storage.read_at_once(buf, offset).map_err(|error| read_failed(offset, length, error))
+    }
+
     fn read_slowly(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let overlay = self.overlay.read().unwrap_or_else(PoisonError::into_inner);
         let length = buf.len();

@@ -18,7 +18,7 @@ static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// What is put into a range.
 #[derive(Clone, Copy, Debug)]
-enum Payload<'a> {
+pub(super) enum Payload<'a> {
     Bytes(&'a [u8]),
     Zeros(u64),
 }
@@ -175,7 +175,13 @@ impl Shared {
         }
     }
 
-    fn put_by_change(&self, writer: &Writer, payload: Payload<'_>, range: &Range<u64>, wait: Wait) -> Result<bool> {
+    pub(super) fn put_by_change(
+        &self,
+        writer: &Writer,
+        payload: Payload<'_>,
+        range: &Range<u64>,
+        wait: Wait,
+    ) -> Result<bool> {
         // It was looked up just before, and was not mapped.
         let Some(change) = self.begin_as(writer, range, false, wait)? else { return Ok(false) };
         let begun = Begun { shared: self, writer, change: Some(change) };

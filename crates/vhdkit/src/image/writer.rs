@@ -352,7 +352,7 @@ impl Writer {
     pub(super) fn lock_commit(&self, wait: Wait) -> Option<CommitGuard<'_>> {
         let guard = match wait {
             Wait::Yes => self.commit.lock().unwrap_or_else(PoisonError::into_inner),
-            Wait::No => match self.commit.try_lock() {
+            Wait::No | Wait::AtOnce => match self.commit.try_lock() {
                 Ok(commit) => commit,
                 Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
                 Err(TryLockError::WouldBlock) => return None,
@@ -510,7 +510,7 @@ impl Writer {
             if meta.has_dirty() || self.is_poisoned() {
                 return Reserved::Full; // the commit says what is wrong
             }
-            if wait == Wait::No {
+            if wait != Wait::Yes {
                 return Reserved::Busy;
             }
             meta.waiting += 1;

@@ -1,7 +1,7 @@
 //! A regular file or a block device.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 
 use super::lock::{self, LockMode, LockReport};
 use super::{FileSystem, Storage, StorageIdentity, reopen, sys};
@@ -94,6 +94,8 @@ pub struct FileStorage {
     writing: AtomicBool,
     /// Held while that changes.
     change: Mutex<()>,
+    /// Whether it lies on a file system without a medium; asked for once.
+    in_memory: OnceLock<bool>,
 }
 
 impl FileStorage {
@@ -208,6 +210,7 @@ impl FileStorage {
             writer: OnceLock::new(),
             writing: AtomicBool::new(file_writes),
             change: Mutex::new(()),
+            in_memory: OnceLock::new(),
         })
     }
 
@@ -241,6 +244,13 @@ impl FileStorage {
     /// The operating system's.
     pub fn file_system(&self) -> io::Result<FileSystem> {
         FileSystem::of(&self.file)
+    }
+
+    /// Whether the file system keeps everything in memory.
+    fn is_in_memory(&self) -> bool {
+        // The node of a block device may lie there too, which says nothing about the device.
+        let is_there = || self.file_system().is_ok_and(FileSystem::is_in_memory);
+        *self.in_memory.get_or_init(|| self.kind == FileKind::Regular && is_there())
     }
 
     /// The file opened for writing, whether writes are let through or not.
@@ -360,6 +370,21 @@ impl Storage for FileStorage {
     #[inline]
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buf, offset).map_err(|error| read_error(error, offset, buf.len()))
+    }
+
+    #[inline]
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+        if self.in_memory.get().is_some_and(|in_memory| *in_memory) {
+            return self.read_at(buf, offset).map(|()| true);
+        }
+        let length = buf.len();
+        let read = rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT);
+        match read {
+            Ok(count) => Ok(count == length),
+            // The file system cannot tell. What has no medium never waits for one.
+            Err(Errno::OPNOTSUPP) if self.is_in_memory() => self.read_at(buf, offset).map(|()| true),
+            Err(_) => Ok(false), // whoever waits is told what is wrong
+        }
     }
 
     #[inline]

@@ -47,6 +47,12 @@ impl FileSystem {
         }
     }
 
+    /// Whether it keeps everything in memory (tmpfs, ramfs): nothing there ever waits for a medium.
+    #[must_use]
+    pub const fn is_in_memory(self) -> bool {
+        matches!(self, Self::Other(0x0102_1994 | 0x8584_58f6))
+    }
+
     /// Whether another system, Windows above all, may use the same file under locks that are not seen here.
     #[must_use]
     pub const fn hides_locks_of_others(self) -> bool {

@@ -228,6 +228,10 @@ impl Storage for MemoryStorage {
         Ok(self.read_state().len)
     }
 
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+        self.read_at(buf, offset).map(|()| true)
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         if buf.is_empty() {
             return Ok(());

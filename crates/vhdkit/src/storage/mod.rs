@@ -65,6 +65,16 @@ pub trait Storage: Debug + Send + Sync {
     /// `UnexpectedEof` when the bytes asked for reach past the end; otherwise the operating system's.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
 
+    /// As [`Storage::read_at`], but `Ok(false)`, with nothing of use in `buf`, where the medium would have to be waited
+    /// for. Storage that cannot tell always answers that.
+    ///
+    /// # Errors
+    /// As [`Storage::read_at`]; an error may also be left to the call that waits.
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+        let _ = (buf, offset);
+        Ok(false)
+    }
+
     /// Writes all of `buf` at `offset`, growing a file when needed.
     ///
     /// # Errors

@@ -1,0 +1,168 @@
+//! Replies on their way to a client, from the thread of its connection and from workers.
+//!
+//! One thread sends at a time, and sends what others have put into the queue meanwhile. Workers never wait for a client: what
+//! the socket does not take at once is left to a thread of its own, which exists as long as the client does not keep up.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::Shutdown;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use rustix::net::SendFlags;
+
+use crate::budget::Reservation;
+use crate::channel::Channel;
+
+/// Bytes for a client, and the right to have them in memory.
+#[derive(Debug)]
+struct Parcel {
+    bytes: Vec<u8>,
+    /// How many of them are sent.
+    sent: usize,
+    /// Whether they are already as they go over the wire.
+    encoded: bool,
+    _held: Option<Reservation>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    queue: VecDeque<Parcel>,
+    /// Somebody sends, or waits for the client to take more.
+    sending: bool,
+    /// Nothing can be sent any more.
+    broken: bool,
+}
+
+/// The replies of one connection.
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    channel: Channel,
+    state: Mutex<State>,
+    idle: Condvar,
+}
+
+impl Outgoing {
+    pub(crate) fn new(channel: Channel) -> Self {
+        Self { channel, state: Mutex::default(), idle: Condvar::new() }
+    }
+
+    pub(crate) fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner) // changed by single steps, whole at any moment
+    }
+
+    /// Takes a reply from a worker. True when the client did not take all of it at once.
+    pub(crate) fn deliver(self: &Arc<Self>, bytes: Vec<u8>, held: Option<Reservation>) -> bool {
+        let mut state = self.lock();
+        if state.broken {
+            return false; // nobody is there to take it
+        }
+        state.queue.push_back(Parcel { bytes, sent: 0, encoded: false, _held: held });
+        if state.sending {
+            return false; // whoever sends takes this along
+        }
+        state.sending = true;
+        drop(state);
+        match self.send_queue(SendFlags::DONTWAIT) {
+            Ok(()) => false,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.leave_to_drainer();
+                true
+            }
+            Err(_) => {
+                self.give_up();
+                false
+            }
+        }
+    }
+
+    /// Sends what the connection's own thread has, after what is in the queue; waits for the client.
+    pub(crate) fn send(&self, bytes: &[u8], may_be_alone: bool) -> io::Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        if may_be_alone {
+            // No request is in flight: nobody else has anything to send, and only this thread makes requests.
+            return self.channel.send_all(bytes);
+        }
+        let state = self.lock();
+        let mut state = self.idle.wait_while(state, |state| state.sending).unwrap_or_else(PoisonError::into_inner);
+        if state.broken {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        state.sending = true;
+        drop(state);
+        let sent = self.channel.send_all(bytes).and_then(|()| self.send_queue(SendFlags::empty()));
+        if sent.is_err() {
+            self.give_up();
+        }
+        sent
+    }
+
+    /// Waits until everything is sent, or nothing can be.
+    pub(crate) fn wait_until_idle(&self) {
+        drop(self.idle.wait_while(self.lock(), |state| state.sending));
+    }
+
+    /// Sends the queue until it is empty, and stops being the one who sends then. On an error it still is.
+    fn send_queue(&self, flags: SendFlags) -> io::Result<()> {
+        loop {
+            let mut state = self.lock();
+            let Some(mut parcel) = state.queue.pop_front() else {
+                state.sending = false;
+                drop(state);
+                self.idle.notify_all();
+                return Ok(());
+            };
+            drop(state);
+            let sent = self.send_parcel(&mut parcel, flags);
+            if sent.is_err() {
+                self.lock().queue.push_front(parcel);
+                return sent;
+            }
+        }
+    }
+
+    fn send_parcel(&self, parcel: &mut Parcel, flags: SendFlags) -> io::Result<()> {
+        if !parcel.encoded {
+            if let Some(encoded) = self.channel.encode(&parcel.bytes)? {
+                parcel.bytes = encoded;
+            }
+            parcel.encoded = true;
+        }
+        while let Some(rest) = parcel.bytes.get(parcel.sent..).filter(|rest| !rest.is_empty()) {
+            parcel.sent += self.channel.stream.send(rest, flags)?;
+        }
+        Ok(())
+    }
+
+    /// Starts a thread that waits for the client.
+    fn leave_to_drainer(self: &Arc<Self>) {
+        let outgoing = Arc::clone(self);
+        let drain = move || {
+            if outgoing.send_queue(SendFlags::empty()).is_err() {
+                outgoing.give_up();
+            }
+        };
+        let started = std::thread::Builder::new().name("nbd-drain".to_owned()).stack_size(64 << 10).spawn(drain);
+        if let Err(error) = started {
+            tracing::warn!(%error, "no thread to wait for a slow client; it is cut off");
+            self.give_up();
+        }
+    }
+
+    /// Nothing can be sent any more: forgets what is in the queue, and lets the connection's thread find out.
+    pub(crate) fn give_up(&self) {
+        let mut state = self.lock();
+        state.broken = true;
+        state.sending = false;
+        let queue = std::mem::take(&mut state.queue);
+        drop(state);
+        self.idle.notify_all();
+        drop(queue);
+        self.channel.stream.shutdown(Shutdown::Both);
+    }
+}

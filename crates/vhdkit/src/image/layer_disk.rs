@@ -1,0 +1,154 @@
+//! One layer of a chain by itself: what its own file holds, and nothing of its parents.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::bitmap::{self, BitmapKey};
+use super::device::{BlockDevice, Extent, VisitExtent, check_range};
+use super::layer::Layer;
+use super::{Image, bat, extents};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::bat::PayloadState;
+use crate::format::guid::Guid;
+use crate::storage::Storage;
+use crate::units::GuestOffset;
+
+/// A layer of an image as a disk of its own, for reading: what it leaves to its parent is a hole and reads as zero. For
+/// incremental backups, and for looking at what a checkpoint changed.
+///
+/// ```
+/// use std::sync::Arc;
+/// use vhdkit::image::{BlockDevice, LayerDisk, OpenOptions};
+/// use vhdkit::ops::create::{CreateOptions, create};
+/// use vhdkit::storage::{MemoryStorage, Storage};
+///
+/// # fn main() -> vhdkit::Result<()> {
+/// let file: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+/// create(&file, &CreateOptions::new(64 << 20), &())?;
+/// let image = Arc::new(OpenOptions::new().open(file, None)?);
+/// let layer = LayerDisk::new(image, 0)?;
+/// assert_eq!(layer.size(), 64 << 20);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct LayerDisk {
+    image: Arc<Image>,
+    depth: usize,
+}
+
+impl LayerDisk {
+    /// Layer `depth` of an image: 0 is the image itself, 1 its parent, and so on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] when the chain has no such layer.
+    pub fn new(image: Arc<Image>, depth: usize) -> Result<Self> {
+        let disk = Self { image, depth };
+        disk.layer().map(|_| ())?;
+        Ok(disk)
+    }
+
+    fn layer(&self) -> Result<&Layer> {
+        let depth = self.depth;
+        let missing = || Error::new(ErrorKind::InvalidArgument, format!("the chain has no layer {depth}"));
+        self.image.layers().get(depth).ok_or_else(missing)
+    }
+
+    /// Reads inside one block; what is not here reads as zero.
+    fn read_block(layer: &Layer, buf: &mut [u8], offset: u64) -> Result<()> {
+        let geometry = layer.geometry();
+        let block = geometry.block_of(GuestOffset(offset));
+        let entry = layer.bat().payload(block, layer.rules(), layer.view())?;
+        let at = |offset| entry.file_offset().0 + geometry.offset_in_block(GuestOffset(offset));
+        match entry.payload_state() {
+            Some(PayloadState::FullyPresent) => return layer.view().read_at(buf, at(offset)),
+            Some(PayloadState::PartiallyPresent) => {}
+            _ => {
+                buf.fill(0);
+                return Ok(());
+            }
+        }
+        let chunk = geometry.chunk_of(block);
+        let stored = layer.bat().bitmap(chunk, layer.rules(), layer.view())?;
+        if stored.0 == 0 {
+            return Err(Error::from_finding(&layer.rules().bitmap_missing(block)));
+        }
+        let sector = geometry.logical_sector_size();
+        let (mut rest, mut offset) = (buf, offset);
+        while !rest.is_empty() {
+            let bit = geometry.bitmap_bit(GuestOffset(offset));
+            let key = BitmapKey { chunk, page: bit / bitmap::PAGE_BITS };
+            let page = layer.bitmaps().page(key, bat::bitmap_page_offset(stored, key.page), layer.view())?;
+            let in_sector = offset % sector;
+            let sectors = (in_sector + rest.len() as u64).div_ceil(sector);
+            let (here, count) = bitmap::bit_run(&page, bit % bitmap::PAGE_BITS, sectors);
+            let length = usize::try_from(count * sector - in_sector).unwrap_or(usize::MAX).min(rest.len());
+            let (part, tail) = rest.split_at_mut(length);
+            if here {
+                layer.view().read_at(part, at(offset))?;
+            } else {
+                part.fill(0);
+            }
+            offset += length as u64; // stays inside the block
+            rest = tail;
+        }
+        Ok(())
+    }
+}
+
+impl BlockDevice for LayerDisk {
+    fn size(&self) -> u64 {
+        self.layer().map_or(0, |layer| layer.geometry().disk_size())
+    }
+
+    fn logical_sector_size(&self) -> u32 {
+        self.layer().map_or(512, |layer| layer.metadata().logical_sector_size)
+    }
+
+    fn physical_sector_size(&self) -> u32 {
+        self.layer().map_or(4096, |layer| layer.metadata().physical_sector_size)
+    }
+
+    fn allocation_unit(&self) -> u64 {
+        self.layer().map_or(4096, |layer| layer.geometry().block_size())
+    }
+
+    fn unallocated_reads_zero(&self) -> bool {
+        true
+    }
+
+    fn is_read_only(&self) -> bool {
+        true
+    }
+
+    fn disk_id(&self) -> Option<Guid> {
+        self.layer().ok().map(|layer| layer.metadata().disk_id)
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let layer = self.layer()?;
+        let geometry = layer.geometry();
+        check_range(offset, buf.len() as u64, geometry.disk_size())?;
+        let _inside = self.image.shared.gate.enter();
+        let (mut rest, mut offset) = (buf, offset);
+        while !rest.is_empty() {
+            let left = geometry.block_size() - geometry.offset_in_block(GuestOffset(offset));
+            let (part, tail) = rest.split_at_mut(usize::try_from(left).unwrap_or(usize::MAX).min(rest.len()));
+            let length = part.len() as u64;
+            Self::read_block(layer, part, offset).map_err(|error| layer.name_error(error))?;
+            offset += length; // does not pass the end of the disk
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    fn visit_extents(&self, range: Range<u64>, visit: &mut VisitExtent<'_>) -> Result<()> {
+        let layers = self.image.layers().get(self.depth..=self.depth).unwrap_or_default();
+        check_range(range.start, range.end.saturating_sub(range.start), self.size())?;
+        extents::visit_chain(layers, false, range, &mut |extent: &Extent| visit(extent))
+    }
+
+    fn layer_storage(&self, layer: usize) -> Option<Arc<dyn Storage>> {
+        if layer == 0 { self.layer().ok().map(|layer| Arc::clone(layer.storage())) } else { None }
+    }
+}
