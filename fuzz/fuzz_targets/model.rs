@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use libfuzzer_sys::fuzz_target;
 use vhdkit::error::{ErrorKind, Result};
 use vhdkit::image::{
-    BlockDevice, Image, OpenOptions, ParentCandidate, ParentRequest, ParentResolver, ReadStep, WritePlan,
+    AtOnce, BlockDevice, Image, OpenOptions, ParentCandidate, ParentRequest, ParentResolver, ReadStep, WritePlan,
 };
 use vhdkit::ops::check::{CheckOptions, check};
 use vhdkit::storage::{MemoryStorage, Storage};
@@ -159,6 +159,12 @@ impl Machine {
     fn read(&self, range: &Range<u64>) -> Vec<u8> {
         let mut bytes = vec![0xC3; index(range).len()];
         self.image().read_at(&mut bytes, range.start).expect("it can be read");
+        let mut again = vec![0x3C; bytes.len()];
+        match self.image().read_at_once(&mut again, range.start).expect("it can be read") {
+            AtOnce::Filled => assert_eq!(again, bytes),
+            AtOnce::Zero => assert!(bytes.iter().all(|byte| *byte == 0)),
+            AtOnce::Waits => {}
+        }
         bytes
     }
 
@@ -218,7 +224,7 @@ impl Machine {
             }
         } else if through {
             self.image().write_through_at(&bytes, range.start).expect("it can be written");
-        } else {
+        } else if range.start % 2 != 0 || !self.image().write_at_once(&bytes, range.start).expect("it can be written") {
             self.image().write_at(&bytes, range.start).expect("it can be written");
         }
         self.change(&range).copy_from_slice(&bytes);

@@ -151,6 +151,10 @@ impl Storage for Disk {
         Ok(())
     }
 
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+        self.read_at(buf, offset).map(|()| true)
+    }
+
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let mut state = self.0.lock().unwrap();
         state.fails(Call::Write)?;

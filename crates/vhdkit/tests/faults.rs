@@ -278,7 +278,13 @@ impl<'a> Run<'a> {
         let (asked, done) = match step {
             Write(first, count) => {
                 let (ticket, bytes) = self.history.start_write(*first, *count);
-                (Asked::Request(ticket), self.image().write_at(&bytes, first * 512))
+                let at_once = first % 2 == 0;
+                let tried = if at_once { self.image().write_at_once(&bytes, first * 512) } else { Ok(false) };
+                let written = match tried {
+                    Ok(false) => self.image().write_at(&bytes, first * 512),
+                    other => other.map(|_| ()),
+                };
+                (Asked::Request(ticket), written)
             }
             Through(first, count) => {
                 let (ticket, bytes) = self.history.start_write(*first, *count);

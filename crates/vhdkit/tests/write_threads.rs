@@ -22,7 +22,7 @@ use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use vhdkit::ErrorKind;
-use vhdkit::image::{BlockDevice, Image, OpenOptions};
+use vhdkit::image::{AtOnce, BlockDevice, Image, OpenOptions};
 use vhdkit::storage::{FileAccess, FileStorage, MemoryStorage, Sharing, Storage};
 use vhdkit_testkit::builder::{BlockSpec, BuiltImage, ImageBuilder};
 use vhdkit_testkit::content::SectorMask;
@@ -166,7 +166,11 @@ fn look(image: &Image, rng: &mut Rng, newest: &AtomicU64, tears: Tears) {
         (range.start / SECTOR, bytes)
     } else {
         let mut bytes = vec![0xEE; (length * SECTOR) as usize];
-        image.read_at(&mut bytes, first * SECTOR).unwrap();
+        match image.read_at_once(&mut bytes, first * SECTOR).unwrap() {
+            AtOnce::Filled => {}
+            AtOnce::Zero => bytes.fill(0),
+            AtOnce::Waits => image.read_at(&mut bytes, first * SECTOR).unwrap(),
+        }
         (first, bytes)
     };
     let newest = newest.load(Ordering::SeqCst);
@@ -214,7 +218,9 @@ fn put(image: &Image, rng: &mut Rng, sectors: &Range<u64>, version: u64) -> bool
             return false;
         }
         3 => {
-            if !image.try_write_at(&bytes, sectors.start * SECTOR).unwrap() {
+            if !image.write_at_once(&bytes, sectors.start * SECTOR).unwrap_or(false)
+                && !image.try_write_at(&bytes, sectors.start * SECTOR).unwrap()
+            {
                 image.write_at(&bytes, sectors.start * SECTOR).unwrap();
             }
         }

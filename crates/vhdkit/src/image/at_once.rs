@@ -9,7 +9,7 @@ use super::device::AtOnce;
 use super::layer::Layer;
 use super::tokens::Wait;
 use super::write::Payload;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::format::bat::{BatEntry, PayloadState};
 use crate::units::GuestOffset;
 
@@ -164,6 +164,7 @@ impl Shared {
         match self.put_by_change(writer, Payload::Bytes(buf), &range, Wait::AtOnce) {
             // Freed space may become room, but not at once.
             Err(error) if is_full(&error) && writer.waiting_bytes() > 0 => Ok(false),
+            Err(error) if error.kind() == ErrorKind::Busy => Ok(false),
             other => other,
         }
     }

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use vhdkit::format::finding::{Code, Severity};
 use vhdkit::image::{
-    BlockDevice, ExtentKind, Image, OpenOptions, ParentCandidate, ParentRequest, ParentResolver, ReadStep, WritePlan,
+    AtOnce, BlockDevice, ExtentKind, Image, OpenOptions, ParentCandidate, ParentRequest, ParentResolver, ReadStep,
+    WritePlan,
 };
 use vhdkit::ops::check::{CheckOptions, check};
 use vhdkit::storage::{MemoryStorage, Storage};
@@ -343,6 +344,12 @@ impl Machine {
     fn read(&self, range: &Range<u64>) -> Vec<u8> {
         let mut bytes = vec![0xC3; (range.end - range.start) as usize];
         self.image().read_at(&mut bytes, range.start).unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        let mut again = vec![0x3C; bytes.len()];
+        match self.image().read_at_once(&mut again, range.start).unwrap() {
+            AtOnce::Filled => assert_eq!(again, bytes, "{}: read at once, {range:x?}", self.name),
+            AtOnce::Zero => assert!(bytes.iter().all(|byte| *byte == 0), "{}: zero at once, {range:x?}", self.name),
+            AtOnce::Waits => {}
+        }
         bytes
     }
 
@@ -381,8 +388,14 @@ impl Machine {
         self.changed.asked = true;
         if self.held.is_empty() {
             let image = self.image();
-            let done =
-                if through { image.write_through_at(&bytes, range.start) } else { image.write_at(&bytes, range.start) };
+            let at_once = !through && range.start.is_multiple_of(2);
+            let done = if through {
+                image.write_through_at(&bytes, range.start)
+            } else if at_once && image.write_at_once(&bytes, range.start).unwrap_or(false) {
+                Ok(())
+            } else {
+                image.write_at(&bytes, range.start)
+            };
             done.unwrap_or_else(|error| panic!("{}: write of {range:x?}: {error}", self.name));
             self.put(&range, &bytes);
         } else if self.image().try_write_at(&bytes, range.start).unwrap() {
