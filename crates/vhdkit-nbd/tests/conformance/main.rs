@@ -17,3 +17,4 @@ mod model;
 mod order;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;

@@ -181,3 +181,56 @@ impl BlockDevice for Staged {
         }
     }
 }
+
+/// A disk for reading that is zero everywhere, and of which every other sector says that it is in another layer.
+#[derive(Debug)]
+pub(crate) struct Striped;
+
+impl BlockDevice for Striped {
+    fn size(&self) -> u64 {
+        1 << 40
+    }
+
+    fn logical_sector_size(&self) -> u32 {
+        512
+    }
+
+    fn physical_sector_size(&self) -> u32 {
+        4096
+    }
+
+    fn allocation_unit(&self) -> u64 {
+        1 << 20
+    }
+
+    fn unallocated_reads_zero(&self) -> bool {
+        true
+    }
+
+    fn is_read_only(&self) -> bool {
+        true
+    }
+
+    fn disk_id(&self) -> Option<Guid> {
+        None
+    }
+
+    fn read_at(&self, buf: &mut [u8], _offset: u64) -> Result<()> {
+        buf.fill(0);
+        Ok(())
+    }
+
+    fn visit_extents(&self, range: Range<u64>, visit: &mut VisitExtent<'_>) -> Result<()> {
+        let mut start = range.start;
+        while start < range.end {
+            let length = (start / 512 * 512 + 512).min(range.end) - start;
+            let odd = !(start / 512).is_multiple_of(2);
+            let kind = if odd { ExtentKind::Data { file_offset: None } } else { ExtentKind::Zero };
+            if visit(&Extent { start, length, kind, layer: usize::from(odd) }).is_break() {
+                return Ok(());
+            }
+            start += length;
+        }
+        Ok(())
+    }
+}

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub(crate) mod devices;
+pub(crate) mod tls;
 
 use std::io::Write as _;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -73,9 +74,15 @@ impl Served {
     /// Waits until nobody is connected any more.
     #[track_caller]
     pub(crate) fn wait_until_empty(&self) {
-        let empty = || (self.handle.connections() == 0).then_some(());
-        let waited = connect::wait_for(PATIENCE, empty);
-        assert!(waited.is_some(), "{} connections do not end", self.handle.connections());
+        self.wait_until_connected(0);
+    }
+
+    /// Waits until so many are connected.
+    #[track_caller]
+    pub(crate) fn wait_until_connected(&self, count: usize) {
+        let reached = || (self.handle.connections() == count).then_some(());
+        let waited = connect::wait_for(PATIENCE, reached);
+        assert!(waited.is_some(), "{} connections instead of {count}", self.handle.connections());
     }
 
     /// Whether `run` has returned.
@@ -93,9 +100,10 @@ impl Served {
 impl Drop for Served {
     fn drop(&mut self) {
         self.handle.stop();
-        if let Some(thread) = self.thread.take() {
+        // A test that fails does not wait for a server that may be the reason.
+        if let Some(thread) = self.thread.take().filter(|_| !std::thread::panicking()) {
             let ended = thread.join();
-            assert!(std::thread::panicking() || matches!(ended, Ok(Ok(()))), "the server ended with {ended:?}");
+            assert!(matches!(ended, Ok(Ok(()))), "the server ended with {ended:?}");
         }
     }
 }
