@@ -15,8 +15,8 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 cargo xtask ci [STEP...]                          the gate; steps: fmt clippy doc test test-release deny fuzz
 cargo xtask fuzz [--seconds N] [TARGET...]        fuzz targets with address sanitizer (10 s each unless told)
-cargo xtask peers [--rounds N] [--dir DIR] [--write FILE] [FILTER...]
-                                                  benchmarks beside cp and qemu-img, as a Markdown table
+cargo xtask peers [--rounds N] [--seconds N] [--dir DIR] [--write FILE] [FILTER...]
+                                                  benchmarks beside cp, qemu-img and nbdkit, as a Markdown table
 cargo xtask samples                               makes the images in samples/ again";
 
 fn main() -> ExitCode {

@@ -30,6 +30,7 @@ pub(crate) fn write(target: &str, folder: &Path) -> Outcome<usize> {
         "decode" => images().flat_map(|image| structures(&image)).collect(),
         "locator" => locators(),
         "model" => programs(),
+        "nbd" => conversations(),
         other => return Err(format!("there are no seeds for \"{other}\"").into()),
     };
     if folder.exists() {
@@ -186,4 +187,53 @@ fn programs() -> Vec<Vec<u8>> {
             program
         })
         .collect()
+}
+
+/// Conversations with a server, in the form that `fuzz/fuzz_targets/nbd.rs` describes.
+#[expect(clippy::big_endian_bytes, reason = "the protocol is big-endian")]
+fn conversations() -> Vec<Vec<u8>> {
+    let option = |kind: u32, data: &[u8]| {
+        let length = u32::try_from(data.len()).unwrap_or_default();
+        [b"IHAVEOPT".as_slice(), &kind.to_be_bytes(), &length.to_be_bytes(), data].concat()
+    };
+    let named = |rest: &[u8]| [&4_u32.to_be_bytes(), b"disk".as_slice(), rest].concat();
+    let query = |text: &[u8]| {
+        let length = u32::try_from(text.len()).unwrap_or_default();
+        named(&[&1_u32.to_be_bytes(), length.to_be_bytes().as_slice(), text].concat())
+    };
+    let options = [
+        option(8, &[]),
+        option(11, &[]),
+        option(3, &[]),
+        option(9, &named(&0_u32.to_be_bytes())),
+        option(10, &query(b"base:allocation")),
+        option(10, &query(b"qemu:allocation-depth")),
+        option(6, &named(&[0, 3, 0, 1, 0, 2, 0, 3])),
+        option(5, &[]),
+        option(7, &named(&[0, 0])),
+        option(1, b"disk"),
+        option(2, &[]),
+    ];
+    let flags = 3_u32.to_be_bytes();
+    let mut seeds = Vec::new();
+    for kind in [0, 2] {
+        let whole = [[kind, 1].as_slice(), &flags, &options.concat()].concat();
+        seeds.push(whole);
+        for option in &options {
+            seeds.push([[kind, 1].as_slice(), &flags, option].concat());
+        }
+    }
+    for command in 0..=8_u16 {
+        for mode in 0..3_u8 {
+            let magic = if mode == 2 { 0x21e4_1c71_u32 } else { 0x2560_9513 };
+            let header =
+                [&magic.to_be_bytes(), [0; 2].as_slice(), &command.to_be_bytes(), &[7; 8], &[0; 7], &[8]].concat();
+            let length: &[u8] = if mode == 2 { &[0, 0, 0, 0, 0, 0, 16, 0] } else { &[0, 0, 16, 0] };
+            seeds.push([[1, mode, 3, 1].as_slice(), &[0; 7], &[1], &header, length].concat());
+        }
+    }
+    // Requests in short form: command, flags, offset, length.
+    let program: Vec<u8> = (0..=7).flat_map(|command| [command, 0, 0, 16, command, 0, 32, 0]).collect();
+    seeds.extend((0..8).map(|mode| [[3, mode].as_slice(), &program].concat()));
+    seeds
 }

@@ -24,7 +24,8 @@ Exit codes:
   5  input or output error, also a file system that is full
   6  refused: in use, parent denied, not found or the wrong one, target exists, would lose data;
      to be written and not closed properly (see --replay of write)
-  130 and 143: stopped by SIGINT or SIGTERM; unfinished new files are removed, images that were written are closed
+  130 and 143: stopped by SIGINT or SIGTERM; unfinished new files are removed, images that were written are closed.
+     For serve these signals are the regular end: 0 when everything is closed
 
 Examples:
   vhdkit info disk.vhdx
@@ -32,12 +33,13 @@ Examples:
   vhdkit convert disk.vhdx disk.raw
   zcat disk.raw.gz | vhdkit convert - disk.vhdx
   vhdkit check --strict disk.vhdx
-  vhdkit write disk.vhdx --offset 1M --input piece.bin";
+  vhdkit write disk.vhdx --offset 1M --input piece.bin
+  vhdkit serve disk.vhdx";
 
-/// Look into, create, check, convert and write VHDX disks: those of Hyper-V, WSL and Azure.
+/// Look into, create, check, convert, write and serve VHDX disks: those of Hyper-V, WSL and Azure.
 ///
 /// Reading never changes a file: an image that was not shut down cleanly is replayed in memory only. Only write, zero,
-/// discard and replay change an image that is there. A parent is opened only when it lies in the image's own directory, or
+/// discard, replay and serve --write change an image that is there. A parent is opened only when it lies in the image's own directory, or
 /// where --parent-dir, --parent or --any-parent allow it.
 #[derive(Debug, Parser)]
 #[command(name = "vhdkit", version, propagate_version = true, arg_required_else_help = false, after_long_help = EXIT_CODES,
@@ -116,6 +118,7 @@ pub(crate) enum Command {
     Zero(ZeroArgs),
     Discard(DiscardArgs),
     Replay(ReplayArgs),
+    Serve(ServeArgs),
     Map(MapArgs),
     Measure(MeasureArgs),
     Completions(CompletionsArgs),
@@ -345,6 +348,111 @@ pub(crate) struct ReplayArgs {
     pub(crate) image: PathBuf,
     #[command(flatten)]
     pub(crate) from: FromArgs,
+}
+
+/// Serve disks to NBD clients: QEMU, libnbd, the kernel's nbd
+///
+/// Prints the URI of each export, one a line, closes its output, and serves until SIGTERM or SIGINT: then requests under way are answered, and
+/// images that were written are flushed and closed. Without an address it makes a Unix socket in a directory of its own, which
+/// only its user can reach. SIGUSR1 prints what was done so far to standard error.
+///
+/// Images are served for reading, also to several clients at once; with --write clients may change them, under the same
+/// rules as the command write: a child gets what is written, and writing to an image that others name as their parent
+/// breaks those. Once everything is open the server gives up its access to other files, to making connections and to
+/// running programs, where the kernel has Landlock and seccomp.
+///
+/// TCP beyond the own machine wants TLS with certificates for clients, or --insecure. Sockets that systemd made
+/// (LISTEN_FDS) are used when there are any, under the same rule. VHDKIT_LOG=error, warn, info or debug says how much is
+/// logged to standard error; it is warn by itself, and info with --verbose.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vhdkit serve disk.vhdx
+  uri=$(vhdkit serve disk.vhdx --idle-exit 10 &) && nbdinfo \"$uri\"
+  vhdkit serve disk.vhdx --write --socket /tmp/disk.sock
+  qemu-img convert -O qcow2 'nbd+unix:///disk.vhdx?socket=/tmp/disk.sock' disk.qcow2
+  nbdcopy 'nbd+unix:///disk.vhdx?socket=/tmp/disk.sock' disk.raw
+  nbdfuse -r mountpoint/nbd 'nbd+unix:///disk.vhdx?socket=/tmp/disk.sock'
+  guestfish --ro -a 'nbd:///disk.vhdx?socket=/tmp/disk.sock' -i
+  vhdkit serve disk.vhdx --listen 127.0.0.1:10809 --name vm
+  nbd-client 127.0.0.1 10809 /dev/nbd0 -N vm
+  vhdkit serve child.avhdx --layers --idle-exit 60
+  vhdkit serve *.vhdx --listen '[::]:10809' --tls-cert cert.pem --tls-key key.pem --tls-client-ca ca.pem
+
+Socket activation by systemd, vhdkit.socket and vhdkit.service:
+  [Socket]
+  ListenStream=/run/vhdkit.sock
+  SocketMode=0600
+
+  [Service]
+  ExecStart=/usr/bin/vhdkit serve --write --idle-exit 60 /srv/disk.vhdx")]
+pub(crate) struct ServeArgs {
+    /// The images; each is an export with the name of its file
+    #[arg(value_name = "IMAGE", value_hint = ValueHint::FilePath, required = true)]
+    pub(crate) images: Vec<PathBuf>,
+    /// Let clients write
+    #[arg(long)]
+    pub(crate) write: bool,
+    /// Put the logs of images that were not closed properly into place first
+    ///
+    /// Without this such an image is not served for writing: it may be in use by Windows (WSL, a share) under a lock that
+    /// cannot be seen.
+    #[arg(long, requires = "write")]
+    pub(crate) replay: bool,
+    /// Name of the export, when there is one image
+    #[arg(long, value_name = "EXPORT")]
+    pub(crate) name: Option<String>,
+    /// Also serve each file of a chain by itself, as NAME/layer/0, NAME/layer/1, and so on
+    ///
+    /// For reading: what a file leaves to its parents is a hole. Layer 0 is the image itself.
+    #[arg(long)]
+    pub(crate) layers: bool,
+    #[command(flatten)]
+    pub(crate) from: FromArgs,
+    #[command(flatten)]
+    pub(crate) address: AddressArgs,
+    /// Turn clients away when there are so many, 400 at the most
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=400))]
+    pub(crate) max_connections: u16,
+    /// End when there was no client for so long
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) idle_exit: Option<u32>,
+    /// Look for requests for a little while before sleeping: quicker answers, for more processor time
+    #[arg(long)]
+    pub(crate) poll: bool,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
+}
+
+/// Where a server is reached.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct AddressArgs {
+    /// Make the Unix socket here, for its user alone
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath, conflicts_with = "listen")]
+    pub(crate) socket: Option<PathBuf>,
+    /// Listen on this TCP port; port 0 is any that is free
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) listen: Option<String>,
+    /// Listen beyond the own machine without knowing who the clients are
+    #[arg(long)]
+    pub(crate) insecure: bool,
+}
+
+/// Who a server is, and who its clients are.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "TLS")]
+pub(crate) struct TlsArgs {
+    /// Certificate of the server with those that lead to its root, PEM
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "tls_key")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Private key of the certificate, PEM
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "tls_cert")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// Serve only clients with a certificate signed by one of these, PEM
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "tls_cert")]
+    pub(crate) tls_client_ca: Option<PathBuf>,
+    /// Serve clients without TLS too
+    #[arg(long, requires = "tls_cert")]
+    pub(crate) tls_optional: bool,
 }
 
 /// A range of an image's disk.

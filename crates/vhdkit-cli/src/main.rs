@@ -1,4 +1,4 @@
-//! The command `vhdkit`: look into, create, check, convert and write VHDX disks.
+//! The command `vhdkit`: look into, create, check, convert, write and serve VHDX disks.
 
 mod args;
 mod cli;
@@ -9,6 +9,7 @@ mod input;
 mod map;
 mod opening;
 mod progress;
+mod serving;
 mod show;
 mod signals;
 mod sizes;

@@ -48,6 +48,11 @@ impl Interrupt {
         self.number.load(Ordering::Relaxed) != 0
     }
 
+    /// Forgets the signal: what it asked for is done. Another one ends the process at once all the same.
+    pub(crate) fn acknowledge(&self) {
+        self.number.store(0, Ordering::Relaxed);
+    }
+
     /// The exit code that the signal asks for.
     pub(crate) fn exit_code(&self) -> Option<u8> {
         match self.number.load(Ordering::Relaxed) {

@@ -129,7 +129,7 @@ impl Ui {
     }
 
     /// Writes a line to standard error; when that is closed there is nobody to tell.
-    fn stderr_line(&self, line: &str) {
+    pub(crate) fn stderr_line(&self, line: &str) {
         let mut stderr = AutoStream::new(io::stderr().lock(), self.color);
         let _ = writeln!(stderr, "{line}");
     }

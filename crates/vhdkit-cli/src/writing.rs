@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
 use vhdkit::format::header::{HEADER_BYTES, OFFSETS};
@@ -22,7 +23,7 @@ const TRACKING_EXTENSIONS: [&str; 4] = ["rct", "mrt", "RCT", "MRT"];
 /// An image while it is changed.
 #[derive(Debug)]
 pub(crate) struct Session<'a> {
-    pub(crate) image: Image,
+    pub(crate) image: Arc<Image>,
     context: &'a Context,
     path: &'a Path,
     /// The headers before anything was changed; every session of writing begins by changing them.
@@ -59,7 +60,7 @@ impl<'a> Session<'a> {
     }
 
     fn begin(context: &'a Context, path: &'a Path, image: Image) -> Self {
-        let session = Self { headers: headers(&image), image, context, path };
+        let session = Self { headers: headers(&image), image: Arc::new(image), context, path };
         if let Some(warning) = session.file_system().and_then(lock_warning) {
             context.ui.warn(Some(path), &warning);
         }
@@ -74,6 +75,16 @@ impl<'a> Session<'a> {
     /// The image itself, without its parents.
     pub(crate) fn layer(&self) -> Result<&Layer, Failure> {
         top(&self.image)
+    }
+
+    /// Says something about the image.
+    pub(crate) fn warn(&self, message: &str) {
+        self.context.ui.warn(Some(self.path), message);
+    }
+
+    /// The file of the image.
+    pub(crate) fn path(&self) -> &'a Path {
+        self.path
     }
 
     /// A range of the disk, which must lie on it.

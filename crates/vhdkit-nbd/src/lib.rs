@@ -64,4 +64,5 @@ pub use tls::{Tls, TlsError};
 pub mod fuzzing {
     pub use crate::handshake::fuzz as handshake;
     pub use crate::requests::fuzz as requests;
+    pub use crate::server::fuzz as conversation;
 }

@@ -220,11 +220,15 @@ impl Server {
         }
         let mut next_id = 0;
         let mut idle_since = Instant::now();
+        let mut was_busy = false;
         let mut pause = false;
         while !self.control.stopping.load(Ordering::SeqCst) {
-            if self.handle().connections() > 0 {
+            // The end of the last connection wakes this thread, and only then it begins to be idle.
+            let is_busy = self.handle().connections() > 0;
+            if is_busy || was_busy {
                 idle_since = Instant::now();
             }
+            was_busy = is_busy;
             let idle_left = self.options.idle_exit.map(|limit| limit.saturating_sub(idle_since.elapsed()));
             if idle_left.is_some_and(|left| left.is_zero()) {
                 tracing::info!("no connection for a while: the server ends");
@@ -376,4 +380,12 @@ fn converse(common: &Arc<Common>, id: u64, stream: &Arc<Stream>) {
         }
         End::Broken(error) => tracing::info!(connection = id, %error, "connection lost"),
     }
+}
+
+/// For fuzzing: one connection, on this thread. A panic of it is not caught.
+pub fn fuzz(exports: Vec<Export>, stream: std::os::unix::net::UnixStream) -> Result<Totals, StartError> {
+    let server = Server::new(exports, Options::default())?;
+    converse(&server.common, 1, &Arc::new(Stream::Unix(stream)));
+    server.common.pool.end();
+    Ok(server.handle().totals())
 }

@@ -4,6 +4,10 @@
 //! lines, and whether what the row must reach is reached. The first contender of a row is always vhdkit.
 
 mod measure;
+mod nbd;
+mod nbd_fio;
+mod nbd_plain;
+mod nbd_servers;
 mod overwrites;
 mod random;
 mod rows;
@@ -30,6 +34,8 @@ pub(crate) enum Goal {
     PeakMib(u64),
     /// vhdkit's rate is at least so many times that of the named contender.
     Rate(&'static str, f64),
+    /// The same of another contender than the first: whose rate, in terms of whose, and how many times at least.
+    RateOf(&'static str, &'static str, f64),
     /// Something that was looked at: what, and whether it holds.
     Holds(String, bool),
 }
@@ -53,6 +59,8 @@ pub(crate) enum Unit {
     Seconds,
     /// Operations per second.
     PerSecond,
+    /// MiB per second.
+    MibPerSecond,
     /// A number of something.
     Count,
 }
@@ -67,30 +75,35 @@ pub(crate) struct Bench {
     pub(crate) disk: PathBuf,
     /// Timed runs of each contender.
     pub(crate) rounds: usize,
+    /// Seconds of a run of fio.
+    pub(crate) seconds: u64,
 }
 
 struct Options {
     rounds: usize,
+    seconds: u64,
     write: Option<PathBuf>,
     directory: PathBuf,
     filters: Vec<String>,
 }
 
 fn parse(arguments: &[String]) -> Outcome<Options> {
-    let mut options = Options { rounds: 9, write: None, directory: std::env::temp_dir(), filters: Vec::new() };
+    let (directory, filters) = (std::env::temp_dir(), Vec::new());
+    let mut options = Options { rounds: 9, seconds: 5, write: None, directory, filters };
     let mut words = arguments.iter();
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or_else(|| format!("{word} needs a value"));
         match word.as_str() {
             "--rounds" => options.rounds = value()?.parse().map_err(|_| "--rounds needs a number")?,
+            "--seconds" => options.seconds = value()?.parse().map_err(|_| "--seconds needs a number")?,
             "--write" => options.write = Some(PathBuf::from(value()?)),
             "--dir" => options.directory = PathBuf::from(value()?),
             other if other.starts_with('-') => return Err(format!("there is no option \"{other}\"").into()),
             other => options.filters.push(other.to_owned()),
         }
     }
-    if options.rounds == 0 {
-        return Err("--rounds needs at least 1".into());
+    if options.rounds == 0 || options.seconds == 0 {
+        return Err("--rounds and --seconds need at least 1".into());
     }
     Ok(options)
 }
@@ -105,9 +118,9 @@ pub(crate) fn run(arguments: &[String]) -> Outcome {
     let vhdkit = shell::target_dir()?.join("release/vhdkit");
     let memory = tempfile::Builder::new().prefix("vhdkit-peers-").tempdir_in("/dev/shm")?;
     let disk = tempfile::Builder::new().prefix("vhdkit-peers-").tempdir_in(&options.directory)?;
-    let bench =
-        Bench { vhdkit, memory: memory.path().to_owned(), disk: disk.path().to_owned(), rounds: options.rounds };
-    let mut text = table::preamble(options.rounds, &options.directory);
+    let Options { rounds, seconds, .. } = options;
+    let bench = Bench { vhdkit, memory: memory.path().to_owned(), disk: disk.path().to_owned(), rounds, seconds };
+    let mut text = table::preamble(&bench, &options.directory);
     print!("{text}");
     let mut missed = Vec::new();
     for (name, make) in rows::ROWS {

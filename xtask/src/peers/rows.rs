@@ -14,13 +14,13 @@ use vhdkit::units::{FileOffset, GIB, MIB};
 
 use super::measure::{Contender, alternate};
 use super::{Bench, Goal, Row, Unit};
-use super::{overwrites, random, syncs, writes};
+use super::{nbd, overwrites, random, syncs, writes};
 use crate::shell::{self, Outcome};
 
 type Make = fn(&Bench) -> Outcome<Row>;
 
 /// Every row, by name.
-pub(crate) const ROWS: [(&str, Make); 22] = [
+pub(crate) const ROWS: [(&str, Make); 33] = [
     ("dense raw to VHDX", dense_in),
     ("dense VHDX to raw", dense_out),
     ("sparse raw to VHDX", sparse_in),
@@ -43,6 +43,17 @@ pub(crate) const ROWS: [(&str, Make); 22] = [
     ("sequential write in memory", writes::sequential_in_memory),
     ("sequential write on a disk", writes::sequential_on_disk),
     ("memory of writing 64 TiB", writes::memory),
+    ("nbd random reads, depth 32", nbd::random_reads),
+    ("nbd random reads on a disk, depth 32", nbd::random_reads_on_disk),
+    ("nbd random writes, depth 32", nbd::random_writes),
+    ("nbd random writes on a disk, depth 32", nbd::random_writes_on_disk),
+    ("nbd random reads, depth 1", nbd::single_reads),
+    ("nbd sequential reads, depth 8", nbd::sequential_reads),
+    ("nbd sequential writes, depth 8", nbd::sequential_writes),
+    ("nbd first writes in memory", nbd::first_in_memory),
+    ("nbd first writes on a disk", nbd::first_on_disk),
+    ("nbd cold reads, depth 32", nbd::cold_reads),
+    ("nbd memory of 16 connections", nbd::memory),
 ];
 
 /// The label of this project's command.

@@ -10,7 +10,7 @@ use super::{Bench, Goal, Row, Unit};
 use crate::shell::{self, Outcome};
 
 /// What the reader of the table has to know about the machine.
-pub(crate) fn preamble(rounds: usize, directory: &Path) -> String {
+pub(crate) fn preamble(bench: &Bench, directory: &Path) -> String {
     let first = |path: &str, key: &str| {
         let text = fs::read_to_string(path).unwrap_or_default();
         let line = text.lines().find(|line| line.starts_with(key)).unwrap_or_default();
@@ -25,18 +25,19 @@ pub(crate) fn preamble(rounds: usize, directory: &Path) -> String {
     let place = place.split_whitespace().collect::<Vec<_>>().join(" on ");
     format!(
         "# Speed and memory beside other programs\n\n\
-         Made by `cargo xtask peers`. In each row the commands take turns in one run after a warm-up: {rounds} timed \
-         runs each, medians. Peak memory is the largest resident set of the whole process, from GNU time. A goal that \
+         Made by `cargo xtask peers`. In each row the commands take turns in one run after a warm-up: {} timed runs \
+         each, medians; a run of fio takes {} s. Peak memory is the largest resident set of the whole process, from GNU time. A goal that \
          is missed says so.\n\n\
-         Machine: {}, {} processors, {} of memory, Linux {}.\nPeers: {}; {}.\n\
+         Machine: {}, {} processors, {} of memory, Linux {}.\nPeers: {}.\n\
          In the command lines `$M` is a folder in memory (tmpfs), `$D` one on an XFS in a loop mount, `$T` one on a disk \
          ({}).\n\n",
+        bench.rounds,
+        bench.seconds,
         first("/proc/cpuinfo", "model name"),
         std::thread::available_parallelism().map_or(0, usize::from),
         first("/proc/meminfo", "MemTotal"),
         fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
-        version("qemu-img"),
-        version("cp"),
+        ["qemu-img", "cp", "nbdkit", "fio"].map(version).join("; "),
         if place.is_empty() { "of an unknown file system" } else { &place },
     )
 }
@@ -50,10 +51,8 @@ pub(crate) fn reached(row: &Row) -> bool {
 fn verdict(goal: &Goal, row: &Row) -> (String, bool) {
     let ours = row.measured.first();
     let median = ours.and_then(Measured::median);
-    let to = |label: &str| {
-        let theirs = row.measured.iter().find(|other| other.label == label).and_then(Measured::median);
-        median.zip(theirs).map(|(ours, theirs)| ours / theirs)
-    };
+    let of = |label: &str| row.measured.iter().find(|other| other.label == label).and_then(Measured::median);
+    let to = |label: &str| median.zip(of(label)).map(|(ours, theirs)| ours / theirs);
     let or_none = |seen: Option<String>| seen.unwrap_or_else(|| "not measured".to_owned());
     let (words, reached) = match goal {
         Goal::Ratio(label, most) => {
@@ -61,11 +60,10 @@ fn verdict(goal: &Goal, row: &Row) -> (String, bool) {
             let shown = or_none(seen.map(|ratio| format!("{ratio:.2}")));
             (format!("at most {most:.2} times `{label}`: {shown}"), seen.is_some_and(|ratio| ratio <= *most))
         }
-        Goal::Rate(label, least) => {
-            let seen = to(label);
-            let shown = or_none(seen.map(|ratio| format!("{:.1} %", ratio * 100.0)));
-            let words = format!("at least {:.0} % of `{label}`: {shown}", least * 100.0);
-            (words, seen.is_some_and(|ratio| ratio >= *least))
+        Goal::Rate(label, least) => at_least("", label, to(label), *least),
+        Goal::RateOf(whose, label, least) => {
+            let seen = of(whose).zip(of(label)).map(|(one, other)| one / other);
+            at_least(&format!("`{whose}` "), label, seen, *least)
         }
         Goal::Seconds(most) => {
             let shown = or_none(median.map(duration));
@@ -81,6 +79,13 @@ fn verdict(goal: &Goal, row: &Row) -> (String, bool) {
     (format!("{}: {words}", if reached { "reached" } else { "MISSED" }), reached)
 }
 
+/// A goal on a rate in terms of another: whose it is, where it is not vhdkit's.
+fn at_least(whose: &str, label: &str, seen: Option<f64>, least: f64) -> (String, bool) {
+    let shown = seen.map_or("not measured".to_owned(), |ratio| format!("{:.1} %", ratio * 100.0));
+    let words = format!("{whose}at least {:.0} % of `{label}`: {shown}", least * 100.0);
+    (words, seen.is_some_and(|ratio| ratio >= least))
+}
+
 fn duration(seconds: f64) -> String {
     if seconds < 0.1 { format!("{:.1} ms", seconds * 1000.0) } else { format!("{seconds:.3} s") }
 }
@@ -93,6 +98,7 @@ fn figure(value: f64, unit: Unit) -> String {
     match unit {
         Unit::Seconds => duration(value),
         Unit::PerSecond => format!("{value:.0}/s"),
+        Unit::MibPerSecond => format!("{value:.0} MiB/s"),
         Unit::Count => format!("{value:.0}"),
     }
 }

@@ -1,4 +1,5 @@
-//! What a row runs in a process of its own: `cargo xtask peers-work syncs | memory IMAGE COUNT`.
+//! What a row runs in a process of its own: `cargo xtask peers-work syncs | memory IMAGE COUNT`, and the servers
+//! `peers-work nbd-prototype SOCKET FILE` and `peers-work nbd-null SOCKET BYTES`.
 
 use std::fs;
 use std::path::Path;
@@ -10,6 +11,7 @@ use vhdkit::storage::{FileAccess, FileStorage, Sharing, Storage};
 use vhdkit::units::MIB;
 use vhdkit_testkit::CountingStorage;
 
+use super::nbd_plain;
 use crate::shell::{Outcome, shown};
 
 /// Bytes of each write.
@@ -18,10 +20,14 @@ pub(super) const WRITE_BYTES: usize = 4096;
 /// The task `peers-work`.
 pub(crate) fn run(arguments: &[String]) -> Outcome {
     let [what, image, count] = arguments else { return Err("needs WORK IMAGE COUNT".into()) };
+    if what == "nbd-prototype" {
+        return nbd_plain::prototype(Path::new(image), Path::new(count));
+    }
     let count = count.parse().map_err(|_| "COUNT has to be a number")?;
     match what.as_str() {
         "syncs" => syncs(Path::new(image), count),
         "memory" => memory(Path::new(image), count),
+        "nbd-null" => nbd_plain::null(Path::new(image), count),
         other => Err(format!("there is no work \"{other}\"").into()),
     }
 }

@@ -12,4 +12,5 @@ pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod read;
 pub(crate) mod replay;
+pub(crate) mod serve;
 pub(crate) mod write;

@@ -6,8 +6,11 @@
     clippy::panic,
     clippy::indexing_slicing,
     clippy::cast_possible_truncation,
+    clippy::big_endian_bytes,
     reason = "test code"
 )]
+
+pub(crate) mod server;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;

@@ -155,11 +155,14 @@ impl Shared {
 
     /// Writes a piece of a block that is not mapped, where that takes neither bitmaps nor a commit.
     fn first_write_at_once(&self, buf: &[u8], offset: u64) -> Result<bool> {
-        let Some(writer) = self.writer.get().filter(|writer| writer.is_ready()) else { return Ok(false) };
-        if self.top().geometry().is_differencing() {
+        let Some(writer) = self.writer.get().filter(|_| !self.top().geometry().is_differencing()) else {
+            return Ok(false);
+        };
+        let _active = writer.enter()?;
+        // Only now: the session that was there before may have been closed, and the image reopened.
+        if !writer.is_ready() {
             return Ok(false);
         }
-        let _active = writer.enter()?;
         let range = offset..offset + buf.len() as u64;
         match self.put_by_change(writer, Payload::Bytes(buf), &range, Wait::AtOnce) {
             // Freed space may become room, but not at once.
