@@ -333,6 +333,23 @@ fn fast_zeroes_are_fast_or_do_nothing() {
 }
 
 #[test]
+fn fast_zeroes_that_are_refused_have_changed_nothing() {
+    // Of a long range the beginning could be zeroed fast, the end could not.
+    let manners = [[Manner::Quick; 8], [Manner::Hole; 8]].concat();
+    for mode in Mode::ALL {
+        let device = Arc::new(Staged::new(&manners));
+        let server = Served::disk(Arc::clone(&device) as _);
+        let mut disk = server.begin(mode);
+        let request = Request::write_zeroes(0, 16 * MIB).with_flags(flag::NO_HOLE | flag::FAST_ZERO);
+        if disk.code(request).unwrap() == code::ENOTSUP {
+            assert!(disk.read(0, 16 * MIB).unwrap() == device.contents(), "{mode:?}: refused, but not untouched");
+        } else {
+            assert!(disk.read(0, 16 * MIB).unwrap() == vec![0; 16 * MIB as usize], "{mode:?}");
+        }
+    }
+}
+
+#[test]
 fn trims_give_whole_blocks_back_and_keep_their_neighbours() {
     for mode in Mode::ALL {
         let (server, image) = Served::image();
@@ -366,13 +383,13 @@ fn caching_changes_nothing() {
 }
 
 /// Writes something with a request that promises durability, and looks for it in the file as it is at that moment.
-fn durable_after(mode: Mode, finish: impl Fn(&mut Disk, &[u8])) {
+fn durable_after(mode: Mode, finish: impl Fn(&mut Disk, &[u8], &Served)) {
     let storage = memory_image(SIZE);
     let image = image_in(&storage, true);
     let server = Served::disk(Arc::clone(&image) as _);
     let mut disk = server.begin(mode);
     let bytes = pattern(4, 3 * MIB as usize);
-    finish(&mut disk, &bytes);
+    finish(&mut disk, &bytes, &server);
     // Another reader of the same bytes, while the session goes on.
     let reader = OpenOptions::new().sharing(Sharing::ForceShare).open(Arc::clone(&storage), None).unwrap();
     let mut seen = vec![0; bytes.len()];
@@ -383,14 +400,19 @@ fn durable_after(mode: Mode, finish: impl Fn(&mut Disk, &[u8])) {
 #[test]
 fn a_flush_and_fua_make_durable() {
     for mode in Mode::ALL {
-        durable_after(mode, |disk, bytes| {
+        durable_after(mode, |disk, bytes, _| {
             disk.write(MIB, bytes).unwrap();
             disk.flush().unwrap();
         });
-        durable_after(mode, |disk, bytes| {
+        // A flush of any connection covers what was acknowledged on others.
+        durable_after(mode, |disk, bytes, server| {
+            disk.write(MIB, bytes).unwrap();
+            server.begin(mode).flush().unwrap();
+        });
+        durable_after(mode, |disk, bytes, _| {
             disk.succeed(Request::write(MIB, bytes).with_flags(flag::FUA)).unwrap();
         });
-        durable_after(mode, |disk, bytes| {
+        durable_after(mode, |disk, bytes, _| {
             for (index, piece) in bytes.chunks(4096).enumerate() {
                 let offset = MIB + 4096 * index as u64;
                 disk.send(Request::write(offset, piece)).unwrap();

@@ -1,10 +1,12 @@
 //! The server itself: what it is made of, how many it serves, how it ends.
 
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use vhdkit_nbd::{Export, Options, Server};
+use vhdkit_nbd::{Export, Listener, Options, Server};
 use vhdkit_testkit::nbd::{Handshake, Mode, Request, connect, expect_closed};
 
 use crate::support::devices::{Manner, Staged};
@@ -90,6 +92,34 @@ fn clients_beyond_the_limit_are_turned_away_until_there_is_room() {
     disks.pop().unwrap().disconnect().unwrap();
     let again = || Handshake::start(server.stream()).ok();
     assert!(connect::wait_for(PATIENCE, again).is_some(), "there is room again");
+}
+
+#[test]
+fn several_listeners_of_both_kinds_are_served() {
+    let directory = tempfile::tempdir().unwrap();
+    let paths = ["one", "two"].map(|name| directory.path().join(name));
+    let mut listeners: Vec<_> = paths.iter().map(|path| Listener::Unix(UnixListener::bind(path).unwrap())).collect();
+    let ports = [0, 1].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+    let addresses = ports.each_ref().map(|port| port.local_addr().unwrap());
+    listeners.extend(ports.map(Listener::Tcp));
+    let export = Export::new(NAME, image(8 * MIB)).unwrap().writable(true);
+    let server = Server::new(vec![export], Options::default()).unwrap();
+    let handle = server.handle();
+    let thread = std::thread::spawn(move || server.run(listeners));
+    let bytes = pattern(3, 3 * MIB as usize);
+    let mut first = connect::begin(connect::unix(&paths[0]).unwrap(), Mode::Extended, NAME).unwrap();
+    first.write(77, &bytes).unwrap();
+    for (mode, address) in Mode::ALL.into_iter().flat_map(|mode| addresses.map(|address| (mode, address))) {
+        let mut disk = connect::begin(connect::tcp(address).unwrap(), mode, NAME).unwrap();
+        assert!(disk.read(77, bytes.len() as u64).unwrap() == bytes, "{mode:?} {address}");
+        disk.write(77, &bytes).unwrap();
+        disk.disconnect().unwrap();
+    }
+    let mut second = connect::begin(connect::unix(&paths[1]).unwrap(), Mode::Simple, NAME).unwrap();
+    assert!(second.read(77, bytes.len() as u64).unwrap() == bytes);
+    handle.stop();
+    thread.join().unwrap().unwrap();
+    assert!(connect::tcp(addresses[0]).is_err(), "nobody listens any more");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! STARTTLS: what goes before it, what it forgets, who may come.
 
 use vhdkit_nbd::{Export, Options, Tls};
-use vhdkit_testkit::nbd::wire::{code, command_flag as flag, info, option, reply};
+use vhdkit_testkit::nbd::wire::{self, code, command_flag as flag, info, option, reply};
 use vhdkit_testkit::nbd::{Fault, Handshake, Mode, Request, Transmission, connect};
 
 use crate::support::tls::{self, TlsStream};
@@ -25,7 +25,7 @@ fn begin(server: &Served, mode: Mode) -> Transmission<TlsStream> {
 fn where_tls_is_required_nothing_goes_before_it() {
     let server = served(tls::server(false));
     let mut handshake = server.handshake();
-    let name = vhdkit_testkit::nbd::wire::info_data(NAME.as_bytes(), &[]);
+    let name = wire::info_data(NAME.as_bytes(), &[]);
     for (option, data) in [
         (option::LIST, b"".as_slice()),
         (option::INFO, &name),
@@ -111,6 +111,29 @@ fn commands_go_over_tls_in_all_modes() {
         }
         disk.disconnect().unwrap();
     }
+}
+
+#[test]
+fn the_end_of_a_session_is_an_end_of_tls_too() {
+    let server = served(tls::server(false));
+    for mode in Mode::ALL {
+        let mut disk = begin(&server, mode);
+        disk.send_bytes(&Request::disconnect().bytes(mode, 0)).unwrap();
+        // Without a farewell this is an error, as it could be an attacker who cuts the connection.
+        let end = std::io::Read::read(disk.stream(), &mut [0]);
+        assert!(matches!(end, Ok(0)), "{mode:?}: {end:?}");
+    }
+}
+
+#[test]
+fn words_right_behind_the_handshake_of_tls_are_heard() {
+    let server = served(tls::server(false));
+    let mut handshake = server.handshake();
+    handshake.starttls().unwrap();
+    let words = [wire::option_bytes(option::LIST, b""), wire::option_bytes(option::STRUCTURED_REPLY, b"")].concat();
+    let mut handshake = handshake.upgrade(|stream| tls::wrap_saying(stream, None, &words)).unwrap();
+    assert_eq!(handshake.receive_replies(option::LIST).unwrap().len(), 1);
+    assert!(handshake.receive_replies(option::STRUCTURED_REPLY).unwrap().is_empty());
 }
 
 #[test]

@@ -84,22 +84,25 @@ fn writes_that_are_too_long_take_no_memory() {
 fn writes_without_the_flag_that_says_so_are_not_guessed_at() {
     let siege = Siege::new();
     let mut disk = siege.server.begin(Mode::Extended);
-    // Is what follows a payload, or the next request? Nobody knows, so there must be no third request that is done.
+    // What follows is the payload, or the end; in no case the next request.
     let zeroes = Request::write_zeroes(0, MIB).bytes(Mode::Extended, 77);
     let length = zeroes.len() as u64;
     disk.write(0, &pattern(1, 4096)).unwrap();
     let magic = magic_of(Mode::Extended);
     let header = Header { magic, flags: 0, command: command::WRITE, cookie: 5, offset: MIB, length };
-    disk.send_bytes(&[header.extended(), zeroes].concat()).unwrap();
+    let flush = Request::flush().bytes(Mode::Extended, 8);
+    disk.send_bytes(&[header.extended(), zeroes, flush].concat()).unwrap();
     loop {
         match disk.receive_message() {
-            Ok(message) => assert_ne!(message.cookie, 77, "a payload was taken for a request"),
+            Ok(message) if message.cookie == 8 => break,
+            Ok(message) => assert_eq!(message.cookie, 5, "a payload was taken for a request"),
             Err(fault) => {
                 assert!(fault.is_closed(), "{fault}");
                 break;
             }
         }
     }
+    drop(disk);
     let mut disk = siege.server.begin(Mode::Extended);
     assert_eq!(disk.read(0, 4096).unwrap(), pattern(1, 4096));
     drop(disk);

@@ -53,6 +53,37 @@ fn clients_that_read_no_replies_hold_up_nobody_else() {
 }
 
 #[test]
+fn large_requests_are_served_while_others_have_all_the_memory() {
+    let siege = Siege::new();
+    let bytes = pattern(1, 32 * MIB as usize);
+    let mut writer = siege.server.begin(Mode::Simple);
+    writer.write(16 * MIB, &bytes).unwrap();
+    let mut deaf = Vec::new();
+    for _ in 0..12 {
+        let mut disk = siege.server.begin(Mode::Simple);
+        let requests = Request::read(16 * MIB, 32 * MIB).bytes(Mode::Simple, 1).repeat(3);
+        send_until_full(disk.stream(), &requests, 1);
+        deaf.push(disk);
+    }
+    for (mode, flags) in Mode::ALL.into_iter().flat_map(|mode| [(mode, 0), (mode, flag::DF)]) {
+        if mode == Mode::Simple && flags != 0 {
+            continue;
+        }
+        let mut disk = siege.server.begin(mode);
+        let reply = disk.succeed(Request::read(16 * MIB, 32 * MIB).with_flags(flags)).unwrap();
+        assert!(reply.data() == bytes, "{mode:?} {flags}");
+        for flags in [0, flag::FUA] {
+            disk.succeed(Request::write(16 * MIB, bytes.clone()).with_flags(flags)).unwrap();
+        }
+        disk.succeed(Request::cache(0, 64 * MIB)).unwrap();
+    }
+    siege.good_client();
+    drop((deaf, writer));
+    // This client has several times the largest request in memory itself.
+    siege.end(BOUND + 160 * MIB);
+}
+
+#[test]
 fn what_a_client_asked_for_that_is_gone_is_not_done() {
     // A few kilobytes of requests make the server read gigabytes, for nobody.
     for mode in Mode::ALL {

@@ -1,6 +1,6 @@
 //! Disks that are slow, that fail, that panic, or that remember what was asked of them.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
@@ -24,6 +24,8 @@ pub(crate) enum Manner {
     Fail,
     /// It panics.
     Panic,
+    /// At once, and there is no data: it reads as zero, until it is written.
+    Hole,
 }
 
 /// A disk of data in memory, where each MiB behaves as it is told.
@@ -47,7 +49,7 @@ impl Staged {
     /// A disk of as many MiB as there are manners, filled with a pattern.
     pub(crate) fn new(manners: &[Manner]) -> Self {
         Self {
-            bytes: Mutex::new(super::pattern(77, manners.len() << 20)),
+            bytes: Mutex::new(contents(manners)),
             manners: manners.to_vec(),
             gate: Mutex::new(false),
             opened: Condvar::new(),
@@ -60,7 +62,7 @@ impl Staged {
 
     /// What the disk holds at first.
     pub(crate) fn contents(&self) -> Vec<u8> {
-        super::pattern(77, self.manners.len() << 20)
+        contents(&self.manners)
     }
 
     /// Lets all go who wait.
@@ -76,7 +78,7 @@ impl Staged {
     /// What has to happen before bytes at an offset are touched.
     fn pass(&self, offset: u64) -> Result<()> {
         match self.manner(offset) {
-            Manner::Quick | Manner::Wait => {}
+            Manner::Quick | Manner::Wait | Manner::Hole => {}
             Manner::Dawdle => std::thread::sleep(Duration::from_millis(20)),
             Manner::Gate => {
                 self.waiting.fetch_add(1, Ordering::SeqCst);
@@ -95,6 +97,15 @@ impl Staged {
     }
 }
 
+/// A pattern, and zeros where holes are.
+fn contents(manners: &[Manner]) -> Vec<u8> {
+    let mut bytes = super::pattern(77, manners.len() << 20);
+    for (index, _) in manners.iter().enumerate().filter(|(_, manner)| **manner == Manner::Hole) {
+        bytes[index << 20..(index + 1) << 20].fill(0);
+    }
+    bytes
+}
+
 impl BlockDevice for Staged {
     fn size(&self) -> u64 {
         (self.manners.len() as u64) << 20
@@ -109,7 +120,7 @@ impl BlockDevice for Staged {
     }
 
     fn allocation_unit(&self) -> u64 {
-        1 << 20
+        4096
     }
 
     fn unallocated_reads_zero(&self) -> bool {
@@ -136,7 +147,7 @@ impl BlockDevice for Staged {
     }
 
     fn read_at_once(&self, buf: &mut [u8], offset: u64) -> Result<AtOnce> {
-        if !matches!(self.manner(offset), Manner::Quick | Manner::Dawdle) {
+        if !matches!(self.manner(offset), Manner::Quick | Manner::Dawdle | Manner::Hole) {
             return Ok(AtOnce::Waits);
         }
         self.pass(offset)?;
@@ -145,10 +156,17 @@ impl BlockDevice for Staged {
     }
 
     fn visit_extents(&self, range: Range<u64>, visit: &mut VisitExtent<'_>) -> Result<()> {
-        self.pass(range.start)?;
-        let kind = ExtentKind::Data { file_offset: None };
-        let extent = Extent { start: range.start, length: range.end - range.start, kind, layer: 0 };
-        let (ControlFlow::Continue(()) | ControlFlow::Break(())) = visit(&extent);
+        let mut start = range.start;
+        while start < range.end {
+            self.pass(start)?;
+            let length = ((start >> 20 << 20) + (1 << 20)).min(range.end) - start;
+            let hole = self.manner(start) == Manner::Hole;
+            let kind = if hole { ExtentKind::Hole } else { ExtentKind::Data { file_offset: None } };
+            if visit(&Extent { start, length, kind, layer: 0 }).is_break() {
+                return Ok(());
+            }
+            start += length;
+        }
         Ok(())
     }
 

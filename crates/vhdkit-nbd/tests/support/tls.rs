@@ -3,7 +3,7 @@
 //! The files in `tests/certificates` were made with `openssl`: `ca` signed `server` (for `localhost`) and `client`, and
 //! nobody signed `other`. The key of `ca` was thrown away; the others guard nothing.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,6 +28,11 @@ pub(crate) fn server(verify: bool) -> Tls {
 
 /// TLS over a stream, with the certificate of that name, if any.
 pub(crate) fn wrap(stream: UnixStream, certificate: Option<&str>) -> io::Result<TlsStream> {
+    wrap_saying(stream, certificate, b"")
+}
+
+/// The same with words that go together with the last message of the handshake.
+pub(crate) fn wrap_saying(stream: UnixStream, certificate: Option<&str>, words: &[u8]) -> io::Result<TlsStream> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(file("ca.pem")).unwrap()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -44,6 +49,7 @@ pub(crate) fn wrap(stream: UnixStream, certificate: Option<&str>) -> io::Result<
     let name = ServerName::try_from("localhost").unwrap();
     let connection = ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
     let mut stream = StreamOwned::new(connection, stream);
+    stream.conn.writer().write_all(words)?;
     while stream.conn.is_handshaking() {
         stream.conn.complete_io(&mut stream.sock)?;
     }
