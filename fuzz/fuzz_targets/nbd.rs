@@ -17,6 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
+use vhdkit::format::finding::Severity;
 use vhdkit::image::{BlockDevice, Image, OpenOptions};
 use vhdkit::ops::check::{CheckOptions, check};
 use vhdkit::ops::create::{CreateOptions, create};
@@ -62,7 +63,8 @@ fn converse(sent: &[u8]) {
     image.close().expect("nothing is under way any more");
     drop(image);
     let report = check(&file, None, &CheckOptions::default(), &()).expect("it can be checked");
-    assert!(report.findings.is_empty(), "{:?}", report.findings);
+    // Space between blocks that was given back is worth a note.
+    assert!(report.findings.iter().all(|finding| finding.severity() == Severity::Note), "{:?}", report.findings);
 }
 
 fn option(kind: u32, data: &[u8]) -> Vec<u8> {

@@ -12,7 +12,7 @@ mod common;
 
 use common::{MIB, Scratch, dynamic, junk, make_fifo};
 
-const ALL: [&str; 14] = [
+const ALL: [&str; 15] = [
     "info",
     "create",
     "convert",
@@ -23,6 +23,7 @@ const ALL: [&str; 14] = [
     "zero",
     "discard",
     "replay",
+    "serve",
     "map",
     "measure",
     "completions",
@@ -30,7 +31,7 @@ const ALL: [&str; 14] = [
 ];
 
 /// Every command that only reads an image, with the arguments that make it do so. `@` is the image.
-const READERS: [(&str, &[&str]); 12] = [
+const READERS: [(&str, &[&str]); 13] = [
     ("info", &["info", "@"]),
     ("info --dump", &["info", "--dump", "@"]),
     ("check", &["check", "@"]),
@@ -43,14 +44,35 @@ const READERS: [(&str, &[&str]); 12] = [
     ("convert to raw", &["convert", "@", "target.raw"]),
     ("convert to vhdx", &["convert", "@", "target.vhdx"]),
     ("create", &["create", "child.vhdx", "--parent", "@"]),
+    ("serve", &["serve", "@", "--idle-exit", "1"]),
 ];
 
 /// Every command that changes an image.
-const WRITERS: [(&str, &[&str]); 4] = [
+const WRITERS: [(&str, &[&str]); 5] = [
     ("write", &["write", "@", "--offset", "0"]),
     ("zero", &["zero", "@", "--offset", "0", "--length", "1M"]),
     ("discard", &["discard", "@", "--offset", "0", "--length", "1M"]),
     ("replay", &["replay", "@"]),
+    ("serve --write", &["serve", "@", "--write", "--idle-exit", "1"]),
+];
+
+/// The options of `serve`.
+const SERVE: [&str; 15] = [
+    "--write",
+    "--replay",
+    "--socket",
+    "--listen",
+    "--name",
+    "--layers",
+    "--tls-cert",
+    "--tls-key",
+    "--tls-client-ca",
+    "--tls-optional",
+    "--max-connections",
+    "--idle-exit",
+    "--insecure",
+    "--poll",
+    "--from",
 ];
 
 /// Runs each reader on an image in a directory of its own, which `make` fills.
@@ -136,16 +158,14 @@ fn every_option_of_the_contract_is_known() {
         ("write", &["--offset", "--input", "--replay"][..]),
         ("zero", &["--offset", "--length", "--replay"]),
         ("discard", &["--offset", "--length", "--replay"]),
+        ("serve", &SERVE),
     ] {
         let help = scratch.run(&[command, "--help"]).out;
         for option in options {
             assert!(help.contains(option), "{command} {option}");
         }
         let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
-        assert!(
-            help.contains("Writing to an image that others name as their parent breaks those"),
-            "{command}: {help}"
-        );
+        assert!(help.contains("riting to an image that others name as their parent breaks those"), "{command}: {help}");
     }
 }
 
@@ -185,6 +205,12 @@ fn a_wrong_command_line_is_usage() {
         &["discard", "a.vhdx", "--length", "1M"],
         &["write", "a.vhdx", "--offset", "0", "--force-share"],
         &["replay", "a.vhdx", "--force-share"],
+        &["serve", "a.vhdx", "--socket", "s", "--listen", "127.0.0.1:0"],
+        &["serve", "a.vhdx", "--listen", "0.0.0.0:0"],
+        &["serve", "a.vhdx", "--replay"],
+        &["serve", "a.vhdx", "--write", "--force-share"],
+        &["serve", "a.vhdx", "b.vhdx", "--name", "x"],
+        &["serve", "a.vhdx", "b/a.vhdx"],
     ] {
         let run = scratch.run(contradiction).expect(2);
         assert_eq!(run.out, "", "{contradiction:?}");

@@ -298,7 +298,8 @@ fn what_could_reach_others_or_clash_is_refused() {
     refused(&scratch, &["base.vhdx", "other/base.vhdx"], 2, "start a server for each, with --name");
     refused(&scratch, &["base.vhdx", "child.vhdx", "--name", "x"], 2, "--name is for one image");
     refused(&scratch, &["base.vhdx", "--name", &"x".repeat(5000)], 2, "4096");
-    for images in [["base.vhdx", "child.vhdx"], ["child.vhdx", "base.vhdx"]] {
+    std::os::unix::fs::symlink("base.vhdx", scratch.join("link.vhdx")).unwrap();
+    for images in [["base.vhdx", "child.vhdx"], ["child.vhdx", "base.vhdx"], ["base.vhdx", "link.vhdx"]] {
         refused(&scratch, &[images[0], images[1], "--write"], 6, "belongs to two of the images");
     }
     refused(&scratch, &["base.vhdx", "--write", "--force-share"], 2, "--force-share");
@@ -458,6 +459,22 @@ fn every_thread_has_given_up_what_it_does_not_need() {
     scratch.run(&["check", "disk.vhdx"]).expect(0);
     let last = scratch.run(&["read", "disk.vhdx", "--offset", "252M", "--length", "1M"]).expect(0).stdout;
     assert!(last == vec![64; 1 << 20]);
+}
+
+#[test]
+fn a_server_that_cannot_say_where_it_is_ends() {
+    let scratch = Scratch::new();
+    scratch.image("disk.vhdx");
+    let (names, sums) = (scratch.names(), scratch.sums());
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for (stdout, code) in [(full.into(), 5), (std::process::Stdio::from(writer), 0)] {
+        let mut command = scratch.command(&["serve", "disk.vhdx", "--write", "--socket", "s"]);
+        let output = command.stdout(stdout).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        assert_eq!((scratch.names(), scratch.sums()), (names.clone(), sums.clone()));
+    }
 }
 
 #[test]
