@@ -101,6 +101,19 @@ fn holes_are_sent_as_holes() {
 }
 
 #[test]
+fn holes_of_a_medium_that_takes_its_time_are_sent_as_holes() {
+    for mode in [Mode::Structured, Mode::Extended] {
+        let device = Arc::new(Staged::new(&[Manner::Wait; 4]));
+        let server = Served::disk(Arc::clone(&device) as _);
+        let mut disk = server.begin(mode);
+        disk.succeed(Request::write_zeroes(MIB, 2 * MIB)).unwrap();
+        let reply = disk.succeed(Request::read(MIB, 2 * MIB)).unwrap();
+        assert_eq!(reply.holes().iter().map(|(_, length)| length).sum::<u64>(), 2 * MIB, "{}", reply.outline());
+        assert!(disk.read(0, 4 * MIB).unwrap()[3 * MIB as usize..] == device.contents()[3 * MIB as usize..]);
+    }
+}
+
+#[test]
 fn ranges_behind_the_end_have_the_codes_of_the_document() {
     for mode in Mode::ALL {
         let (server, _image) = Served::image();
