@@ -117,6 +117,7 @@ pub mod harness;
 pub mod layout;
 pub mod log;
 pub mod model;
+pub mod nbd;
 pub mod random;
 pub mod rng;
 pub mod sim;
