@@ -61,17 +61,28 @@ const REQUEST_BYTES: usize = 28;
 /// What is served.
 trait Disk: Send + Sync + 'static {
     fn bytes(&self) -> u64;
+    /// Whether a client gets structured replies when it asks for them.
+    fn offers_structured(&self) -> bool {
+        true
+    }
     fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
     fn write(&self, piece: &[u8], offset: u64) -> io::Result<()>;
     fn flush(&self) -> io::Result<()>;
 }
 
 /// No file: zeros for reads, writes forgotten.
-struct Null(u64);
+struct Null {
+    bytes: u64,
+    structured: bool,
+}
 
 impl Disk for Null {
     fn bytes(&self) -> u64 {
-        self.0
+        self.bytes
+    }
+
+    fn offers_structured(&self) -> bool {
+        self.structured
     }
 
     fn read(&self, buffer: &mut [u8], _offset: u64) -> io::Result<()> {
@@ -110,8 +121,8 @@ impl Disk for Raw {
 }
 
 /// Serves nothing of so many bytes, until it is killed.
-pub(super) fn null(socket: &Path, bytes: u64) -> Outcome {
-    listen(socket, Null(bytes))
+pub(super) fn null(socket: &Path, bytes: u64, structured: bool) -> Outcome {
+    listen(socket, Null { bytes, structured })
 }
 
 /// Serves a raw file, until it is killed.
@@ -158,7 +169,7 @@ fn option_reply(stream: &mut &UnixStream, option: u32, kind: u32, data: &[u8]) -
 }
 
 /// Until requests may come: whether replies are structured, or nothing where the client went away.
-fn handshake(mut stream: &UnixStream, input: &mut Input<'_>, bytes: u64) -> io::Result<Option<bool>> {
+fn handshake(mut stream: &UnixStream, input: &mut Input<'_>, disk: &impl Disk) -> io::Result<Option<bool>> {
     let mut greeting = [SERVER_MAGIC.to_be_bytes(), OPTION_MAGIC.to_be_bytes()].concat();
     greeting.extend(HANDSHAKE_FLAGS.to_be_bytes());
     stream.write_all(&greeting)?;
@@ -171,13 +182,13 @@ fn handshake(mut stream: &UnixStream, input: &mut Input<'_>, bytes: u64) -> io::
         let (option, length) = (u32::from_be_bytes(take(input)?), u32::from_be_bytes(take(input)?));
         io::copy(&mut input.by_ref().take(u64::from(length)), &mut io::sink())?;
         match option {
-            OPTION_STRUCTURED_REPLY => {
+            OPTION_STRUCTURED_REPLY if disk.offers_structured() => {
                 structured = true;
                 option_reply(&mut stream, option, OPTION_ACK, &[])?;
             }
             OPTION_GO => {
                 let mut info = INFO_EXPORT.to_be_bytes().to_vec();
-                info.extend(bytes.to_be_bytes());
+                info.extend(disk.bytes().to_be_bytes());
                 info.extend(EXPORT_FLAGS.to_be_bytes());
                 option_reply(&mut stream, option, OPTION_INFO, &info)?;
                 option_reply(&mut stream, option, OPTION_ACK, &[])?;
@@ -270,7 +281,7 @@ fn done(replies: &mut Replies<'_>, request: &Request) -> io::Result<()> {
 
 fn serve(stream: &UnixStream, disk: &impl Disk) -> io::Result<()> {
     let mut input = BufReader::with_capacity(INPUT_BYTES, stream);
-    let Some(structured) = handshake(stream, &mut input, disk.bytes())? else { return Ok(()) };
+    let Some(structured) = handshake(stream, &mut input, disk)? else { return Ok(()) };
     let mut replies = Replies { stream, buffer: vec![0; REPLIES_BYTES], used: 0 };
     loop {
         if input.buffer().len() < REQUEST_BYTES {

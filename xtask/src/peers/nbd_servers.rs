@@ -30,6 +30,8 @@ pub(super) const QEMU_NBD: &str = "qemu-nbd";
 pub(super) const PROTOTYPE: &str = "prototype";
 /// The label of the server without a file.
 pub(super) const NULL: &str = "null";
+/// The label of the same where it offers no structured replies.
+const NULL_SIMPLE: &str = "null, simple replies";
 
 /// One of the servers.
 #[derive(Clone, Copy)]
@@ -40,6 +42,7 @@ pub(super) enum Kind {
     Qemu,
     Prototype,
     Null,
+    NullSimple,
 }
 
 impl Kind {
@@ -52,6 +55,7 @@ impl Kind {
             Self::Qemu => QEMU_NBD,
             Self::Prototype => PROTOTYPE,
             Self::Null => NULL,
+            Self::NullSimple => NULL_SIMPLE,
         }
     }
 
@@ -64,12 +68,13 @@ impl Kind {
             Self::Qemu => "qemu.vhdx",
             Self::Prototype => "prototype.raw",
             Self::Null => "null",
+            Self::NullSimple => "null-simple",
         }
     }
 
     /// What its folder has to have besides the socket.
     pub(super) fn has_file(self) -> bool {
-        !matches!(self, Self::Null)
+        !matches!(self, Self::Null | Self::NullSimple)
     }
 
     /// Makes an empty disk: a dynamic VHDX, or a raw file that is one hole.
@@ -85,7 +90,7 @@ impl Kind {
                 shell::output(command.arg(path))?;
             }
             Self::Nbdkit | Self::Prototype => File::create_new(path)?.set_len(disk.bytes)?,
-            Self::Null => {}
+            Self::Null | Self::NullSimple => {}
         }
         Ok(())
     }
@@ -96,7 +101,7 @@ impl Kind {
             Self::Vhdkit | Self::Polling => bench.vhdkit.clone(),
             Self::Nbdkit => "nbdkit".into(),
             Self::Qemu => "qemu-nbd".into(),
-            Self::Prototype | Self::Null => std::env::current_exe()?,
+            Self::Prototype | Self::Null | Self::NullSimple => std::env::current_exe()?,
         };
         let mut command = Command::new(program);
         match self {
@@ -110,6 +115,7 @@ impl Kind {
             }
             Self::Prototype => command.args(["peers-work", "nbd-prototype"]).arg(socket).arg(path),
             Self::Null => command.args(["peers-work", "nbd-null"]).arg(socket).arg(bytes.to_string()),
+            Self::NullSimple => command.args(["peers-work", "nbd-null-simple"]).arg(socket).arg(bytes.to_string()),
         };
         Ok(command)
     }

@@ -1,5 +1,5 @@
 //! What a row runs in a process of its own: `cargo xtask peers-work syncs | memory IMAGE COUNT`, and the servers
-//! `peers-work nbd-prototype SOCKET FILE` and `peers-work nbd-null SOCKET BYTES`.
+//! `peers-work nbd-prototype SOCKET FILE` and `peers-work nbd-null | nbd-null-simple SOCKET BYTES`.
 
 use std::fs;
 use std::path::Path;
@@ -27,7 +27,8 @@ pub(crate) fn run(arguments: &[String]) -> Outcome {
     match what.as_str() {
         "syncs" => syncs(Path::new(image), count),
         "memory" => memory(Path::new(image), count),
-        "nbd-null" => nbd_plain::null(Path::new(image), count),
+        "nbd-null" => nbd_plain::null(Path::new(image), count, true),
+        "nbd-null-simple" => nbd_plain::null(Path::new(image), count, false),
         other => Err(format!("there is no work \"{other}\"").into()),
     }
 }
