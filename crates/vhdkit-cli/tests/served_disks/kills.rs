@@ -52,6 +52,11 @@ impl Load {
         self
     }
 
+    /// Whether it is still writing.
+    fn works(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
     /// Waits for its end, which is a good one; gives what it has to tell.
     #[track_caller]
     fn end(mut self) -> String {
@@ -91,11 +96,13 @@ fn killed_server(name: &str, create: &[&str], sector: u64, child: bool) {
     }
     for _ in 0..KILLS {
         let server = Server::on_socket(&scratch, image, WRITE);
-        let load = Load::start(&scratch, &server, rng.next_u64(), sector, "load").wait_for_judgement();
+        let mut load = Load::start(&scratch, &server, rng.next_u64(), sector, "load").wait_for_judgement();
         let moment = rng.between(20, 900);
         std::thread::sleep(Duration::from_millis(moment));
+        let worked = load.works();
         server.0.kill();
         println!("{name}: killed after {moment} ms: {}", load.end());
+        assert!(worked, "the load ended before the server was killed");
         scratch.run(&["check", image]).expect(0);
     }
     for options in [WRITE, &[]] {

@@ -219,6 +219,9 @@ class Load:
 
     def wait(self):
         """Lets the connections move."""
+        if any(handle.aio_is_dead() or handle.aio_is_closed() for handle in self.handles):
+            self.gone = True
+            return
         poll = select.poll()
         for handle in self.handles:
             direction = handle.aio_get_direction()
