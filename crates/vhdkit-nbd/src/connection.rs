@@ -377,6 +377,8 @@ impl Connection {
             let stop = ((position / part_bytes + 1) * part_bytes).min(end);
             let part = u32::try_from(stop - position).unwrap_or(u32::MAX);
             if !self.read_part(to, position, part, true, stop == end)? {
+                // The parts before go first: the worker says when the reply is complete.
+                self.flush()?;
                 let length = u32::try_from(end - position).unwrap_or(u32::MAX);
                 return self.offload(to, Job::Read { offset: position, length, whole: false }, length.into());
             }
