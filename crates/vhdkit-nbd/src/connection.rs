@@ -11,7 +11,7 @@ use crate::channel::{Channel, Receiver, Stream};
 use crate::counters::{Counters, Totals};
 use crate::export::{Export, Exports};
 use crate::handshake::{Agreed, Handshake, Mode, Progress, TlsState};
-use crate::input::{INPUT_BYTES, Input};
+use crate::input::{Expected, INPUT_BYTES, Input};
 use crate::jobs::{Clear, Job, Request, Task};
 use crate::outgoing::Outgoing;
 use crate::pool::Pool;
@@ -192,6 +192,8 @@ pub(crate) struct Connection {
     input: Input,
     output: Output,
     totals: Totals,
+    /// Requests that came together.
+    together: u32,
 }
 
 impl Connection {
@@ -214,7 +216,7 @@ impl Connection {
             flushes: Mutex::default(),
         };
         let output = Output { bytes: vec![0; OUTPUT_BYTES].into_boxed_slice(), used: 0 };
-        Self { session: Arc::new(session), judge, input, output, totals: Totals::default() }
+        Self { session: Arc::new(session), judge, input, output, totals: Totals::default(), together: 0 }
     }
 
     /// Serves until the client goes. What it asked for is done and answered before this returns.
@@ -240,7 +242,14 @@ impl Connection {
                     return Ok(());
                 }
             }
-            if !self.receive()? {
+            // Replies wait for others only as long as there is room for many more.
+            let few = self.output.used > 0 && self.output.room() > PART_BYTES / 2;
+            if few && self.input.gather(self.session.outgoing.channel(), self.together)? {
+                continue;
+            }
+            let together = std::mem::take(&mut self.together);
+            let begun = !self.input.available().is_empty();
+            if !self.receive(if begun { Expected::Rest } else { Expected::Request(together) })? {
                 // Less than a request is left: the client went in the middle of one, or is done.
                 return Ok(());
             }
@@ -248,9 +257,9 @@ impl Connection {
     }
 
     /// Sends what there is and receives more; false at the end.
-    fn receive(&mut self) -> Result<bool, End> {
+    fn receive(&mut self, expected: Expected) -> Result<bool, End> {
         self.flush()?;
-        Ok(self.input.fill(self.session.outgoing.channel())?)
+        Ok(self.input.fill(self.session.outgoing.channel(), expected)?)
     }
 
     /// Sends what was put together.
@@ -283,6 +292,7 @@ impl Connection {
     /// Does one request; false when it was the last one.
     fn request(&mut self, header: &Header) -> Result<bool, End> {
         self.input.consume(header_bytes(self.judge.mode));
+        self.together = self.together.saturating_add(1);
         let to = To { mode: self.judge.mode, cookie: header.cookie, offset: header.offset };
         let verdict = self.judge.judge(header);
         match verdict {
@@ -324,7 +334,7 @@ impl Connection {
     /// Makes sure that so many bytes are there, which fit into the input; false when the client goes before.
     fn await_bytes(&mut self, count: usize) -> Result<bool, End> {
         while self.input.available().len() < count {
-            if !self.receive()? {
+            if !self.receive(Expected::Rest)? {
                 return Ok(false);
             }
         }
@@ -334,7 +344,7 @@ impl Connection {
     /// Throws a payload away; false when the client goes before its end.
     fn skip(&mut self, mut left: u64) -> Result<bool, End> {
         while left > 0 {
-            if self.input.available().is_empty() && !self.receive()? {
+            if self.input.available().is_empty() && !self.receive(Expected::Rest)? {
                 return Ok(false);
             }
             let count = self.input.available().len().min(usize::try_from(left).unwrap_or(usize::MAX));

@@ -107,6 +107,15 @@ pub fn corpus_dir() -> Option<PathBuf> {
     named.into_iter().chain([beside]).find(|directory| directory.join("manifest.tsv").is_file())
 }
 
+/// The guest that `.ci/guest` prepares, a kernel and an initramfs: `VHDKIT_GUEST`, or `target/guest` of the workspace.
+#[must_use]
+pub fn guest_dir() -> Option<PathBuf> {
+    let usual = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest");
+    let named = std::env::var_os("VHDKIT_GUEST").map(PathBuf::from);
+    // The stamp comes last when it is prepared.
+    named.into_iter().chain([usual]).find(|directory| directory.join("stamp").is_file())
+}
+
 /// One image of the corpus, as its manifest describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CorpusRow {

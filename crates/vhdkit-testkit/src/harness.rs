@@ -21,6 +21,7 @@
 //! ```
 
 use std::fmt;
+use std::path::Path;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -35,6 +36,10 @@ pub struct Needs {
     pub corpus: bool,
     /// The rights of the superuser.
     pub root: bool,
+    /// The guest that `.ci/guest` prepares.
+    pub guest: bool,
+    /// Files that have to be there, such as devices.
+    pub files: Vec<String>,
 }
 
 impl Needs {
@@ -64,6 +69,20 @@ impl Needs {
         self
     }
 
+    /// The guest too.
+    #[must_use]
+    pub fn and_guest(mut self) -> Self {
+        self.guest = true;
+        self
+    }
+
+    /// This file too.
+    #[must_use]
+    pub fn and_file(mut self, path: &str) -> Self {
+        self.files.push(path.to_owned());
+        self
+    }
+
     /// What is absent, in words; nothing if the case can run.
     #[must_use]
     pub fn missing(&self) -> Option<String> {
@@ -75,6 +94,10 @@ impl Needs {
         if self.root && !is_root() {
             missing.push("root");
         }
+        if self.guest && foreign::guest_dir().is_none() {
+            missing.push("the guest (see .ci/guest)");
+        }
+        missing.extend(self.files.iter().map(String::as_str).filter(|path| !Path::new(path).exists()));
         (!missing.is_empty()).then(|| missing.join(" and "))
     }
 }
@@ -158,6 +181,7 @@ mod tests {
     #[test]
     fn absent_needs_are_ignored_and_fail_only_where_required() {
         assert_eq!(Needs::tools(&["no-such-tool-anywhere"]).missing().unwrap(), "no-such-tool-anywhere");
+        assert_eq!(Needs::nothing().and_file("/dev/null").and_file("/no/such").missing().unwrap(), "/no/such");
         let lenient = conclusion(false);
         assert_eq!((lenient.num_passed, lenient.num_failed, lenient.num_ignored), (1, 1, 1));
         let strict = conclusion(true);

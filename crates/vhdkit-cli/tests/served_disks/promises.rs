@@ -1,0 +1,47 @@
+//! What a guest has promised about its files, and whether it is kept.
+
+use std::collections::BTreeMap;
+
+/// What stands for the sum of a file that is absent, and of one that is being overwritten.
+const ABSENT: &str = "-";
+const ANY: &str = "any";
+
+/// Everything that was said about files, in every boot so far.
+#[derive(Debug, Default)]
+pub(crate) struct Promises {
+    /// The sums that a file may have. The first is promised, the others were announced since.
+    files: BTreeMap<String, Vec<String>>,
+    /// How many promises there were.
+    pub(crate) given: usize,
+}
+
+impl Promises {
+    /// Takes a line of the guest; other lines are none of its business.
+    pub(crate) fn hear(&mut self, line: &str) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["will", name, sum] => {
+                let sums = self.files.entry(name.to_owned()).or_insert_with(|| vec![ABSENT.to_owned()]);
+                sums.push(sum.to_owned());
+            }
+            ["done", name, sum] => {
+                self.files.insert(name.to_owned(), vec![sum.to_owned()]);
+                self.given += 1;
+            }
+            _ => {}
+        }
+    }
+
+    /// Compares with the files that are there; gives what is wrong, in words.
+    pub(crate) fn judge(&self, found: &BTreeMap<String, String>) -> Vec<String> {
+        let strangers = found.keys().filter(|name| !self.files.contains_key(*name));
+        let mut wrong: Vec<String> = strangers.map(|name| format!("{name} was never announced")).collect();
+        for (name, sums) in &self.files {
+            let sum = found.get(name).map_or(ABSENT, String::as_str);
+            if !sums.iter().any(|may| may == sum || may == ANY) {
+                wrong.push(format!("{name} has {sum}, promised and announced were {sums:?}"));
+            }
+        }
+        wrong
+    }
+}
