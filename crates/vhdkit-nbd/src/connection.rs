@@ -12,9 +12,8 @@ use crate::counters::{Counters, Totals};
 use crate::export::{Export, Exports};
 use crate::handshake::{Agreed, Handshake, Mode, Progress, TlsState};
 use crate::input::{Expected, INPUT_BYTES, Input};
-use crate::jobs::{Clear, Job, Request, Task};
+use crate::jobs::{Clear, Job, Request, Task, status_bytes_max};
 use crate::outgoing::Outgoing;
-use crate::pool::Pool;
 use crate::replies::{HEAD_BYTES_MAX, Sink, To, errno_of};
 use crate::requests::{Command, Header, Judge, Verdict, decode, header_bytes};
 use crate::tls::Tls;
@@ -35,9 +34,15 @@ pub(crate) struct Common {
     pub(crate) tls: Option<Tls>,
     pub(crate) handshake_time: Duration,
     pub(crate) poll: bool,
-    pub(crate) pool: Arc<Pool>,
     pub(crate) budget: Arc<Budget>,
     pub(crate) counters: Counters,
+}
+
+impl Common {
+    /// Lets the worker threads end.
+    pub(crate) fn end_pools(&self) {
+        self.exports.0.iter().for_each(|export| export.pool().end());
+    }
 }
 
 /// A connection in the transmission phase, as workers share it.
@@ -76,6 +81,11 @@ impl Session {
         if self.outgoing.deliver(bytes, held) {
             self.count(&Totals { stalls: 1, ..Totals::default() });
         }
+    }
+
+    /// Whether nothing can be sent to the client any more.
+    pub(crate) fn is_deserted(&self) -> bool {
+        self.outgoing.is_broken()
     }
 
     pub(crate) fn take_flushes(&self) -> Vec<Request> {
@@ -501,7 +511,8 @@ impl Connection {
             }
             Command::BlockStatus { start, end, only_one, contexts } => {
                 self.totals.block_statuses += 1;
-                Job::Status { range: start..end, only_one, contexts }
+                let job = Job::Status { range: start..end, only_one, contexts };
+                return self.offload(to, job, status_bytes_max(only_one, contexts));
             }
             Command::Read { .. } | Command::Write { .. } | Command::NarrowedStatus { .. } | Command::Disconnect => {
                 return self.refuse(to, Errno::Invalid); // done elsewhere
@@ -540,6 +551,9 @@ impl Connection {
     /// Reserves memory; `None` when others have it all: then this thread has to do it.
     fn reserve(&mut self, bytes: u64) -> Result<Option<Reservation>, End> {
         loop {
+            if self.session.is_deserted() {
+                return Err(End::Broken(io::ErrorKind::BrokenPipe.into()));
+            }
             match self.session.flight.reserve(&self.session.common.budget, bytes) {
                 Ok(held) => return Ok(Some(held)),
                 Err(Full::Server) => return Ok(None),
@@ -552,7 +566,7 @@ impl Connection {
     }
 
     fn hand_over(&mut self, task: Task) -> Result<(), End> {
-        match self.session.common.pool.push(self.session.id, Box::new(task)) {
+        match self.session.export().pool().push(self.session.id, Box::new(task)) {
             Ok(()) => Ok(()),
             Err(mut work) => {
                 self.flush()?;

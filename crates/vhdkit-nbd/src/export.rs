@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use vhdkit::image::BlockDevice;
 
+use crate::pool::Pool;
 use crate::wire::export_flag;
 
 /// The longest name, by the protocol.
@@ -33,6 +34,8 @@ pub struct Export {
     device: Arc<dyn BlockDevice>,
     size: u64,
     writable: bool,
+    /// Threads of its own: those of a disk that hangs are no use to others.
+    pool: Arc<Pool>,
 }
 
 impl Export {
@@ -50,7 +53,7 @@ impl Export {
             return Err(InvalidName("the name of the export has a NUL in it".to_owned()));
         }
         let size = device.size();
-        Ok(Self { name, description: String::new(), device, size, writable: false })
+        Ok(Self { name, description: String::new(), device, size, writable: false, pool: Arc::new(Pool::new()) })
     }
 
     /// Lets clients write, if the disk can be written.
@@ -80,6 +83,10 @@ impl Export {
 
     pub(crate) fn described(&self) -> &str {
         &self.description
+    }
+
+    pub(crate) fn pool(&self) -> &Arc<Pool> {
+        &self.pool
     }
 
     pub(crate) fn device(&self) -> &Arc<dyn BlockDevice> {

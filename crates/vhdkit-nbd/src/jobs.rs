@@ -157,6 +157,9 @@ impl Task {
 impl Work for Task {
     fn step(self: Box<Self>) -> Option<Box<dyn Work>> {
         let Self { request, job } = *self;
+        if request.session.is_deserted() && !matches!(job, Job::Write { .. } | Job::Flushes | Job::FlushFor) {
+            return None; // nobody is there to be told
+        }
         match job {
             Job::Read { offset, length, whole } => read(request, offset, length, whole),
             Job::Write { offset, data, through } => {
@@ -191,7 +194,12 @@ fn read(request: Request, offset: u64, length: u32, whole: bool) {
         let done = position + u64::from(part) == end;
         match read_part(&request, position, part, in_parts, done) {
             Ok(bytes) if done => return request.send(bytes),
-            Ok(bytes) => request.send_part(bytes),
+            Ok(bytes) => {
+                request.send_part(bytes);
+                if request.session.is_deserted() {
+                    return;
+                }
+            }
             Err(error) => return request.answer(Err(error)),
         }
         position += u64::from(part);
@@ -246,6 +254,14 @@ fn flushes(request: Request) {
 
 /// Zeroes or trims a step, and leaves the rest for later.
 fn clear(request: Request, range: Range<u64>, through: bool, how: Clear) -> Option<Box<dyn Work>> {
+    if how == Clear::ProvisionFast {
+        // What is refused must not have changed anything: all of it is looked at before the first step.
+        if let Err(error) = has_all_its_space(&request, range.clone()) {
+            request.answer(Err(error));
+            return None;
+        }
+        return clear(request, range, through, Clear::Provision);
+    }
     let unit = request.device().allocation_unit().max(1);
     let step = (unit.saturating_mul(STEP_BLOCKS)).min(STEP_BYTES.max(unit));
     // Steps end where blocks end, so that no block is cut in two.
@@ -262,6 +278,17 @@ fn clear(request: Request, range: Range<u64>, through: bool, how: Clear) -> Opti
     None
 }
 
+/// Refuses a range of which some has no space: that would have to be written.
+fn has_all_its_space(request: &Request, range: Range<u64>) -> Result<(), Errno> {
+    let mut all_data = true;
+    let seen = request.device().visit_extents(range, &mut |extent| {
+        all_data = matches!(extent.kind, ExtentKind::Data { .. });
+        if all_data { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    });
+    request.judge("write zeroes", true, seen)?;
+    if all_data { Ok(()) } else { Err(Errno::NotSupported) }
+}
+
 fn clear_step(request: &Request, range: Range<u64>, how: Clear) -> Result<(), Errno> {
     let device = request.device();
     match how {
@@ -274,9 +301,6 @@ fn clear_step(request: &Request, range: Range<u64>, how: Clear) -> Result<(), Er
                 ControlFlow::Continue(())
             });
             request.judge("write zeroes", true, seen)?;
-            if how == Clear::ProvisionFast && parts.iter().any(|(_, is_data)| !is_data) {
-                return Err(Errno::NotSupported); // what has no space has to be written
-            }
             for (part, is_data) in parts {
                 let done = if is_data { device.write_zeroes(part, false) } else { write_zeros(device.as_ref(), part) };
                 request.judge("write zeroes", true, done)?;
@@ -317,6 +341,13 @@ fn cache(request: Request, range: Range<u64>) -> Option<Box<dyn Work>> {
     }
     request.answer(Ok(()));
     None
+}
+
+/// The most bytes of a reply to a block status request.
+pub(crate) fn status_bytes_max(only_one: bool, contexts: Contexts) -> u64 {
+    let extents = if only_one { 1 } else { EXTENTS_MAX as u64 };
+    let chunk = HEAD_BYTES_MAX as u64 + extents * 16;
+    chunk * (u64::from(contexts.allocation) + u64::from(contexts.depth))
 }
 
 /// Lengths and flags of one context, joined where they are alike.

@@ -50,6 +50,11 @@ impl Outgoing {
         &self.channel
     }
 
+    /// Whether nothing can be sent any more.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.lock().broken
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner) // changed by single steps, whole at any moment
     }

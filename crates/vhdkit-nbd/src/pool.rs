@@ -1,4 +1,4 @@
-//! Threads that do what has to wait, for all connections, in turns.
+//! Threads that do what has to wait, for all connections to a disk, in turns.
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -76,7 +76,7 @@ impl State {
     }
 }
 
-/// The threads of a server.
+/// The threads of an export.
 pub(crate) struct Pool {
     state: Mutex<State>,
     work: Condvar,

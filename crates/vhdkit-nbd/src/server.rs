@@ -18,7 +18,6 @@ use crate::channel::Stream;
 use crate::connection::{BUFFER_BYTES, Common, Connection, End, shake_hands};
 use crate::counters::{Counters, Totals};
 use crate::export::{Export, Exports};
-use crate::pool::Pool;
 use crate::tls::Tls;
 
 /// The most connections that can be allowed: their buffers alone are within the server's bound then.
@@ -187,7 +186,6 @@ impl Server {
             tls: options.tls.clone(),
             handshake_time: options.handshake_time,
             poll: options.poll,
-            pool: Arc::new(Pool::new()),
             budget: Arc::new(Budget::new(SERVER_BYTES_MAX.saturating_sub(buffers))),
             counters: Counters::default(),
         };
@@ -334,7 +332,7 @@ impl Server {
         }
         // What is left waits for the disk, as everybody has to.
         drop(self.control.ended.wait_while(connections, |connections| !connections.is_empty()));
-        self.common.pool.end();
+        self.common.end_pools();
     }
 }
 
@@ -386,6 +384,6 @@ fn converse(common: &Arc<Common>, id: u64, stream: &Arc<Stream>) {
 pub fn fuzz(exports: Vec<Export>, stream: std::os::unix::net::UnixStream) -> Result<Totals, StartError> {
     let server = Server::new(exports, Options::default())?;
     converse(&server.common, 1, &Arc::new(Stream::Unix(stream)));
-    server.common.pool.end();
+    server.common.end_pools();
     Ok(server.handle().totals())
 }
