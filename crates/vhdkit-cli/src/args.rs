@@ -410,8 +410,8 @@ pub(crate) struct ServeArgs {
     pub(crate) from: FromArgs,
     #[command(flatten)]
     pub(crate) address: AddressArgs,
-    /// Turn clients away when there are so many, 400 at the most
-    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=400))]
+    /// Turn clients away when there are so many, 256 at the most
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) max_connections: u16,
     /// End when there was no client for so long
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]

@@ -7,6 +7,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 pub(crate) const CONNECTION_BYTES_MAX: u64 = 32 << 20;
 /// The most bytes in flight of a server.
 pub(crate) const SERVER_BYTES_MAX: u64 = 256 << 20;
+/// What a connection may have in flight of those whatever others have: it is counted with the connection's buffers.
+pub(crate) const FLOOR_BYTES: u64 = 256 << 10;
 /// What a request counts for at least: it is remembered, and a client must not be able to have millions remembered.
 const REQUEST_BYTES_MIN: u64 = 4096;
 
@@ -31,6 +33,8 @@ impl Budget {
 #[derive(Debug, Default)]
 struct InFlight {
     bytes: u64,
+    /// Of them, those that are not the server's.
+    floor: u64,
     requests: u64,
 }
 
@@ -56,6 +60,8 @@ pub(crate) struct Reservation {
     budget: Arc<Budget>,
     flight: Arc<Flight>,
     bytes: u64,
+    /// Of them, those that are the server's.
+    taken: u64,
 }
 
 impl Flight {
@@ -71,12 +77,17 @@ impl Flight {
         if state.requests > 0 && state.bytes + bytes > CONNECTION_BYTES_MAX {
             return Err(Full::Connection);
         }
-        if !budget.try_take(bytes) {
+        let taken = if budget.try_take(bytes) {
+            bytes
+        } else if state.floor + bytes <= FLOOR_BYTES {
+            state.floor += bytes;
+            0
+        } else {
             return Err(Full::Server);
-        }
+        };
         state.bytes += bytes;
         state.requests += 1;
-        Ok(Reservation { budget: Arc::clone(budget), flight: Arc::clone(self), bytes })
+        Ok(Reservation { budget: Arc::clone(budget), flight: Arc::clone(self), bytes, taken })
     }
 
     /// Waits until a request has landed, unless none is in flight.
@@ -100,9 +111,10 @@ impl Flight {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.budget.used.fetch_sub(self.taken, Ordering::Relaxed);
         let mut state = self.flight.lock();
         state.bytes -= self.bytes;
+        state.floor -= self.bytes - self.taken;
         state.requests -= 1;
         drop(state);
         self.flight.landed.notify_all();
@@ -126,6 +138,19 @@ mod tests {
         drop(first);
         assert!(one.is_empty() && !other.is_empty());
         assert!(one.reserve(&budget, 1).is_ok(), "what was dropped is there again");
+    }
+
+    #[test]
+    fn a_little_is_there_for_everybody() {
+        let budget = Arc::new(Budget::new(1 << 20));
+        let (one, other) = (Arc::new(Flight::default()), Arc::new(Flight::default()));
+        let all = one.reserve(&budget, 1 << 20).ok();
+        assert!(all.is_some());
+        let little = other.reserve(&budget, FLOOR_BYTES).ok();
+        assert!(little.is_some());
+        assert_eq!(other.reserve(&budget, 1).err(), Some(Full::Server));
+        drop((all, little));
+        assert_eq!((budget.used.load(Ordering::Relaxed), other.lock().floor), (0, 0));
     }
 
     #[test]

@@ -12,9 +12,15 @@ use rustix::net::{RecvFlags, SendFlags};
 use rustls::ServerConnection;
 
 /// Ciphertext that is taken from the socket at once.
-const CIPHERTEXT_BYTES: usize = 64 << 10;
+const CIPHERTEXT_BYTES: usize = 32 << 10;
 /// Plaintext that is made ciphertext of at once, so that what is buffered stays small.
-const PLAINTEXT_BYTES: usize = 256 << 10;
+pub(crate) const PLAINTEXT_BYTES: usize = 32 << 10;
+/// What TLS needs for a connection: what comes, what goes, and a record of its own for each.
+pub(crate) const TLS_BYTES: usize = CIPHERTEXT_BYTES + PLAINTEXT_BYTES + (40 << 10);
+/// How a client that vanished is found out over TCP: after two minutes its place is free.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_COUNT: u32 = 6;
 /// Room that is asked for in sockets, so that many replies can go with one call; the system may give less.
 const SOCKET_BYTES: usize = 1 << 20;
 
@@ -40,6 +46,9 @@ impl Stream {
         if let Self::Tcp(stream) = self {
             stream.set_nodelay(true)?;
             rustix::net::sockopt::set_socket_keepalive(stream, true)?;
+            rustix::net::sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
+            rustix::net::sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
+            rustix::net::sockopt::set_tcp_keepcnt(stream, KEEPALIVE_COUNT)?;
             return Ok(());
         }
         // More room is a favour: where it is not given, what there is will do.
@@ -115,10 +124,15 @@ impl Channel {
 
     /// Sends bytes, waiting for the client.
     pub(crate) fn send_all(&self, bytes: &[u8]) -> io::Result<()> {
-        match self.encode(bytes)? {
-            None => self.stream.send_all(bytes),
-            Some(encoded) => self.stream.send_all(&encoded),
+        if self.tls.is_none() {
+            return self.stream.send_all(bytes);
         }
+        for piece in bytes.chunks(PLAINTEXT_BYTES) {
+            if let Some(encoded) = self.encode(piece)? {
+                self.stream.send_all(&encoded)?;
+            }
+        }
+        Ok(())
     }
 
     /// Receives some bytes; 0 when the client sends no more. With `DONTWAIT`, an error of kind `WouldBlock` when there
@@ -172,11 +186,9 @@ impl Channel {
         let Some(tls) = &self.tls else { return Ok(None) };
         let mut tls = lock(tls);
         let mut encoded = Vec::with_capacity(plain.len() + plain.len() / 512 + 256);
-        for piece in plain.chunks(PLAINTEXT_BYTES) {
-            tls.writer().write_all(piece)?;
-            while tls.wants_write() {
-                tls.write_tls(&mut encoded)?;
-            }
+        tls.writer().write_all(plain)?;
+        while tls.wants_write() {
+            tls.write_tls(&mut encoded)?;
         }
         Ok(Some(encoded))
     }

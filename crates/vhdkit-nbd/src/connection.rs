@@ -1,31 +1,37 @@
 //! One connection: its handshake, and then its requests, answered at once or left to the workers.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::net::SendFlags;
+
 use vhdkit::image::{AtOnce, BlockDevice};
 
-use crate::budget::{Budget, Flight, Full, Reservation};
-use crate::channel::{Channel, Receiver, Stream};
+use crate::budget::{Budget, FLOOR_BYTES, Flight, Full, Reservation};
+use crate::channel::{Channel, Receiver, Stream, TLS_BYTES};
 use crate::counters::{Counters, Totals};
 use crate::export::{Export, Exports};
 use crate::handshake::{Agreed, Handshake, Mode, Progress, TlsState};
 use crate::input::{Expected, INPUT_BYTES, Input};
 use crate::jobs::{Clear, Job, Request, Task, status_bytes_max};
 use crate::outgoing::Outgoing;
+use crate::pool::{self, Pool, Work};
 use crate::replies::{HEAD_BYTES_MAX, Sink, To, errno_of};
 use crate::requests::{Command, Header, Judge, Verdict, decode, header_bytes};
 use crate::tls::Tls;
-use crate::wire::Errno;
+use crate::wire::{Errno, command};
 
 /// Replies that are put together before they are sent, at most: a part of a read and some small ones.
 const OUTPUT_BYTES: usize = PART_BYTES + 4096;
 /// Longer reads are answered in parts of this. It is small enough for a part to be still in the processor's cache when it is
 /// sent.
 const PART_BYTES: usize = 256 << 10;
-/// What a connection has allocated besides what is in flight.
-pub(crate) const BUFFER_BYTES: u64 = (INPUT_BYTES + OUTPUT_BYTES) as u64;
+/// What a connection may have in memory whatever others have: its buffers, those of TLS, and a little in flight.
+pub(crate) const CONNECTION_BYTES: u64 = (INPUT_BYTES + OUTPUT_BYTES + TLS_BYTES) as u64 + FLOOR_BYTES;
+/// How long the last words of TLS may take.
+const FAREWELL_TIME: Duration = Duration::from_secs(1);
 
 /// What all connections of a server share.
 #[derive(Debug)]
@@ -34,6 +40,12 @@ pub(crate) struct Common {
     pub(crate) tls: Option<Tls>,
     pub(crate) handshake_time: Duration,
     pub(crate) poll: bool,
+    /// Of each export, in their order.
+    pub(crate) pools: Vec<Pools>,
+    /// No more requests are taken.
+    pub(crate) stopping: AtomicBool,
+    /// What is under way for long ends at its next step.
+    pub(crate) cut_off: AtomicBool,
     pub(crate) budget: Arc<Budget>,
     pub(crate) counters: Counters,
 }
@@ -41,7 +53,29 @@ pub(crate) struct Common {
 impl Common {
     /// Lets the worker threads end.
     pub(crate) fn end_pools(&self) {
-        self.exports.0.iter().for_each(|export| export.pool().end());
+        for pools in &self.pools {
+            pools.waiting.end();
+            pools.stepped.end();
+        }
+    }
+
+    fn pools_of(&self, export: &Arc<Export>) -> Option<Pools> {
+        let index = self.exports.0.iter().position(|other| Arc::ptr_eq(other, export))?;
+        self.pools.get(index).cloned()
+    }
+}
+
+/// The worker threads of an export: those of a disk that hangs are no use to others.
+#[derive(Clone, Debug)]
+pub(crate) struct Pools {
+    pub(crate) waiting: Arc<Pool>,
+    pub(crate) stepped: Arc<Pool>,
+}
+
+impl Pools {
+    pub(crate) fn new(all_threads: &Arc<AtomicUsize>) -> Self {
+        let pool = |limits| Arc::new(Pool::new(limits, all_threads));
+        Self { waiting: pool(pool::WAITING), stepped: pool(pool::STEPPED) }
     }
 }
 
@@ -53,6 +87,9 @@ pub(crate) struct Session {
     outgoing: Arc<Outgoing>,
     flight: Arc<Flight>,
     common: Arc<Common>,
+    pools: Option<Pools>,
+    /// The client is gone, without a word.
+    gone: AtomicBool,
     flushes: Mutex<Flushes>,
 }
 
@@ -88,11 +125,26 @@ impl Session {
         self.outgoing.is_broken()
     }
 
+    /// Whether work of many steps is to end before it is done: nobody waits for it, or nobody can wait any longer.
+    pub(crate) fn is_given_up(&self) -> bool {
+        let cut_off = self.common.cut_off.load(Ordering::Relaxed);
+        cut_off || self.gone.load(Ordering::Relaxed) || self.is_deserted()
+    }
+
     pub(crate) fn take_flushes(&self) -> Vec<Request> {
         let mut flushes = self.flushes.lock().unwrap_or_else(PoisonError::into_inner);
         flushes.handed_over = false;
         std::mem::take(&mut flushes.others)
     }
+}
+
+/// How a client left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leave {
+    /// It said so.
+    SaidSo,
+    /// Nothing comes any more.
+    Silent,
 }
 
 /// Why a connection ended.
@@ -140,11 +192,11 @@ pub(crate) fn shake_hands(common: &Common, stream: &Arc<Stream>) -> Result<Optio
     loop {
         let (used, progress) = handshake.advance(&input, &mut output);
         input.drain(..used);
-        hurry()?;
-        channel.send_all(&output)?;
+        send_hurried(&channel, &output, &hurry)?;
         output.clear();
         match progress {
             Progress::More => {}
+            Progress::Again => continue,
             Progress::Abort => return Ok(None),
             Progress::Close(why) => return Err(End::Protocol(why)),
             Progress::Transmission(agreed) => {
@@ -170,6 +222,22 @@ pub(crate) fn shake_hands(common: &Common, stream: &Arc<Stream>) -> Result<Optio
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Sends what belongs to a handshake: a client that takes it slowly runs out of time like one that says nothing.
+fn send_hurried(channel: &Channel, bytes: &[u8], hurry: &dyn Fn() -> io::Result<()>) -> io::Result<()> {
+    let encoded = channel.encode(bytes)?;
+    let mut rest = encoded.as_deref().unwrap_or(bytes);
+    hurry()?;
+    while !rest.is_empty() {
+        match channel.stream.send(rest, SendFlags::empty()) {
+            Ok(count) => rest = rest.get(count..).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {} // too late, as is found below
+            Err(error) => return Err(error),
+        }
+        hurry()?;
+    }
+    Ok(())
 }
 
 /// Replies that are put together, in a buffer that never grows.
@@ -206,6 +274,16 @@ pub(crate) struct Connection {
     together: u32,
 }
 
+impl Drop for Connection {
+    /// Also where the thread panicked: nobody serves this client any more, and what was begun for it ends before its place is
+    /// free.
+    fn drop(&mut self) {
+        self.session.gone.store(true, Ordering::Relaxed);
+        self.session.outgoing.give_up();
+        self.session.flight.wait_for_all();
+    }
+}
+
 impl Connection {
     pub(crate) fn new(common: Arc<Common>, id: u64, established: Established) -> Self {
         let Established { agreed, channel, rest, receiver } = established;
@@ -215,6 +293,7 @@ impl Connection {
             size: agreed.export.size(),
             writable: agreed.export.is_writable(),
         };
+        let export = Arc::clone(&agreed.export);
         let mut input = Input::new(common.poll, receiver);
         input.put_first(&rest);
         let session = Session {
@@ -222,7 +301,9 @@ impl Connection {
             agreed,
             outgoing: Arc::new(Outgoing::new(channel)),
             flight: Arc::default(),
+            pools: common.pools_of(&export),
             common,
+            gone: AtomicBool::new(false),
             flushes: Mutex::default(),
         };
         let output = Output { bytes: vec![0; OUTPUT_BYTES].into_boxed_slice(), used: 0 };
@@ -231,26 +312,33 @@ impl Connection {
 
     /// Serves until the client goes. What it asked for is done and answered before this returns.
     pub(crate) fn run(&mut self) -> End {
-        let end = match self.serve() {
-            Err(end) => end,
-            Ok(()) => End::Regular,
+        let (said_so, end) = match self.serve() {
+            Ok(Leave::SaidSo) => (true, End::Regular),
+            Ok(Leave::Silent) => (self.session.common.stopping.load(Ordering::SeqCst), End::Regular),
+            Err(end) => (false, end),
         };
+        // What has begun is done and answered all the same, but nothing long is.
+        self.session.gone.store(!said_so, Ordering::Relaxed);
         let flushed = self.flush();
         self.session.flight.wait_for_all();
         if flushed.is_ok() && matches!(end, End::Regular) {
-            let farewell = self.session.outgoing.channel().farewell();
-            let _ = self.session.outgoing.channel().stream.send_all(&farewell); // a courtesy
+            let channel = self.session.outgoing.channel();
+            let _ = channel.stream.set_timeout(Some(FAREWELL_TIME)); // a courtesy, for which nobody waits long
+            let _ = channel.stream.send_all(&channel.farewell());
         }
-        self.session.outgoing.give_up();
         end
     }
 
-    fn serve(&mut self) -> Result<(), End> {
+    fn serve(&mut self) -> Result<Leave, End> {
         loop {
             while let Some(header) = self.next_header()? {
                 if !self.request(&header)? {
-                    return Ok(());
+                    let said_so = header.command == command::DISCONNECT;
+                    return Ok(if said_so { Leave::SaidSo } else { Leave::Silent });
                 }
+            }
+            if self.session.common.stopping.load(Ordering::Relaxed) {
+                return Ok(Leave::Silent);
             }
             // Replies wait for others only as long as there is room for many more.
             let few = self.output.used > 0 && self.output.room() > PART_BYTES / 2;
@@ -261,7 +349,7 @@ impl Connection {
             let begun = !self.input.available().is_empty();
             if !self.receive(if begun { Expected::Rest } else { Expected::Request(together) })? {
                 // Less than a request is left: the client went in the middle of one, or is done.
-                return Ok(());
+                return Ok(Leave::Silent);
             }
         }
     }
@@ -275,10 +363,11 @@ impl Connection {
     /// Sends what was put together.
     #[inline]
     fn flush(&mut self) -> io::Result<()> {
-        if self.output.used > 0 {
-            let bytes = self.output.bytes.get(..self.output.used).unwrap_or_default();
+        // Whatever becomes of it: some of it may have gone, and must not go twice.
+        let used = std::mem::take(&mut self.output.used);
+        if used > 0 {
+            let bytes = self.output.bytes.get(..used).unwrap_or_default();
             self.session.outgoing.send(bytes, self.session.flight.is_empty())?;
-            self.output.used = 0;
         }
         self.session.common.counters.add(&std::mem::take(&mut self.totals));
         Ok(())
@@ -440,9 +529,39 @@ impl Connection {
             to.ok(&mut self.output);
             return Ok(());
         }
+        self.totals.waited += 1;
+        let held = self.reserve(length.into())?;
+        let data = self.input.available().get(..count).unwrap_or_default();
+        let Some(held) = held else { return self.write_here(to, offset, count, through) };
         let data = data.to_vec();
         self.input.consume(count);
-        self.offload(to, Job::Write { offset, data, through }, length.into())
+        let request = Request::new(Arc::clone(&self.session), to, Some(held));
+        self.hand_over(Task { request, job: Job::Write { offset, data, through } })
+    }
+
+    /// Writes what is in the input, waiting for the medium.
+    fn write_here(&mut self, to: To, offset: u64, count: usize, through: bool) -> Result<(), End> {
+        self.flush()?;
+        let data = self.input.available().get(..count).unwrap_or_default();
+        let device = self.session.device();
+        let written = if through { device.write_through_at(data, offset) } else { device.write_at(data, offset) };
+        let outcome = written.map_err(|error| self.failed("write", offset, &error));
+        self.input.consume(count);
+        match outcome {
+            Err(error) => self.refuse(to, error),
+            Ok(()) => {
+                self.make_room(HEAD_BYTES_MAX)?;
+                to.ok(&mut self.output);
+                Ok(())
+            }
+        }
+    }
+
+    /// Tells the log of a failure; the client gets its number.
+    fn failed(&self, request: &'static str, offset: u64, error: &vhdkit::Error) -> Errno {
+        let export = self.session.export().name();
+        tracing::warn!(export, request, offset, %error, "request failed");
+        errno_of(error, request == "write")
     }
 
     /// Writes what is longer than the input, piece by piece as it comes.
@@ -464,11 +583,7 @@ impl Connection {
                     Ok(true) => Ok(()),
                     _ => device.write_at(data, position),
                 };
-                outcome = written.map_err(|error| {
-                    let export = self.session.export().name();
-                    tracing::warn!(export, request = "write", offset = position, %error, "request failed");
-                    errno_of(&error, true)
-                });
+                outcome = written.map_err(|error| self.failed("write", position, &error));
             }
             self.input.consume(piece);
             position += piece as u64; // lies on the disk
@@ -566,7 +681,14 @@ impl Connection {
     }
 
     fn hand_over(&mut self, task: Task) -> Result<(), End> {
-        match self.session.export().pool().push(self.session.id, Box::new(task)) {
+        let is_stepped = task.job.is_stepped();
+        let task: Box<dyn Work> = Box::new(task);
+        let pools = self.session.pools.as_ref();
+        let pushed = match pools.map(|pools| if is_stepped { &pools.stepped } else { &pools.waiting }) {
+            Some(pool) => pool.push(self.session.id, task),
+            None => Err(task),
+        };
+        match pushed {
             Ok(()) => Ok(()),
             Err(mut work) => {
                 self.flush()?;
@@ -604,10 +726,9 @@ impl Connection {
             let start = self.output.used + if has_head { to.data_head_bytes() } else { 0 };
             let Some(data) = self.output.bytes.get_mut(start..start + count) else { break };
             if let Err(error) = self.session.device().read_at(data, position) {
-                let export = self.session.export().name();
-                tracing::warn!(export, request = "read", offset = position, %error, "request failed");
+                let error = self.failed("read", position, &error);
                 if has_head {
-                    return self.refuse(to, errno_of(&error, false));
+                    return self.refuse(to, error);
                 }
                 return Err(End::Broken(io::Error::other("a read failed after a part of it was sent")));
             }

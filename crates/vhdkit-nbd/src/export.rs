@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use vhdkit::image::BlockDevice;
 
-use crate::pool::Pool;
 use crate::wire::export_flag;
 
 /// The longest name, by the protocol.
@@ -34,8 +33,6 @@ pub struct Export {
     device: Arc<dyn BlockDevice>,
     size: u64,
     writable: bool,
-    /// Threads of its own: those of a disk that hangs are no use to others.
-    pool: Arc<Pool>,
 }
 
 impl Export {
@@ -53,7 +50,7 @@ impl Export {
             return Err(InvalidName("the name of the export has a NUL in it".to_owned()));
         }
         let size = device.size();
-        Ok(Self { name, description: String::new(), device, size, writable: false, pool: Arc::new(Pool::new()) })
+        Ok(Self { name, description: String::new(), device, size, writable: false })
     }
 
     /// Lets clients write, if the disk can be written.
@@ -83,10 +80,6 @@ impl Export {
 
     pub(crate) fn described(&self) -> &str {
         &self.description
-    }
-
-    pub(crate) fn pool(&self) -> &Arc<Pool> {
-        &self.pool
     }
 
     pub(crate) fn device(&self) -> &Arc<dyn BlockDevice> {

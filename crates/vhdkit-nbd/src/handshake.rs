@@ -19,6 +19,8 @@ use crate::wire::{
 pub(crate) const OPTION_BYTES_MAX: u32 = 16 << 10;
 /// Data of an option up to this length is read and thrown away; who sends more is cut off.
 const DISCARD_BYTES_MAX: u32 = 1 << 20;
+/// Answers are sent when there are more than this, before the next option is looked at: a list may be long.
+const OUTPUT_BYTES_MAX: usize = 64 << 10;
 /// The most options of a handshake: every export of a large server can be asked for.
 const OPTIONS_MAX: u32 = 1024;
 /// The longest name, by the protocol.
@@ -81,6 +83,8 @@ pub(crate) struct Agreed {
 pub(crate) enum Progress {
     /// More bytes are needed.
     More,
+    /// What was said is sent, then the rest of what the client sent is taken.
+    Again,
     /// What was said is sent, then TLS begins. Bytes that the client sent already are an error.
     StartTls,
     /// Requests follow.
@@ -166,6 +170,9 @@ impl<'a> Handshake<'a> {
             used += step;
             if !matches!(progress, Progress::More) || step == 0 {
                 return (used, progress);
+            }
+            if output.len() > OUTPUT_BYTES_MAX {
+                return (used, Progress::Again);
             }
         }
     }
@@ -463,6 +470,7 @@ pub fn fuzz(exports: Vec<Export>, tls: u8, pieces: &mut dyn Iterator<Item = Vec<
                 let longest = OPTION_HEADER_BYTES + usize::try_from(OPTION_BYTES_MAX).unwrap_or_default();
                 assert!(input.len() < longest, "what is left over is part of one option");
             }
+            Progress::Again => {}
             Progress::StartTls => handshake.tls_started(),
             Progress::Transmission(agreed) => {
                 assert!(state != TlsState::Required || handshake.tls == TlsState::Active);

@@ -19,6 +19,9 @@ const READ_PART_BYTES: u64 = 1 << 20;
 const STEP_BYTES: u64 = 256 << 20;
 /// The most blocks of a step.
 const STEP_BLOCKS: u64 = 256;
+/// Where space has to be written to be there, steps are as short as this, and have no more parts.
+const PROVISION_STEP_BYTES: u64 = 4 << 20;
+const PROVISION_STEP_PARTS: usize = 256;
 /// Filling the cache is done in steps of this.
 const CACHE_STEP_BYTES: u64 = 4 << 20;
 /// The most extents in a reply to a block status request.
@@ -124,6 +127,13 @@ pub(crate) enum Job {
     },
 }
 
+impl Job {
+    /// Whether it is done in steps, of which there may be very many, or looks at much.
+    pub(crate) const fn is_stepped(&self) -> bool {
+        matches!(self, Self::Clear { .. } | Self::Cache { .. } | Self::Status { .. })
+    }
+}
+
 /// How a range is cleared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Clear {
@@ -157,8 +167,12 @@ impl Task {
 impl Work for Task {
     fn step(self: Box<Self>) -> Option<Box<dyn Work>> {
         let Self { request, job } = *self;
-        if request.session.is_deserted() && !matches!(job, Job::Write { .. } | Job::Flushes | Job::FlushFor) {
-            return None; // nobody is there to be told
+        let given_up = match job {
+            Job::Read { .. } => request.session.is_deserted(),
+            _ => job.is_stepped() && request.session.is_given_up(),
+        };
+        if given_up {
+            return None; // nobody waits for it any more
         }
         match job {
             Job::Read { offset, length, whole } => read(request, offset, length, whole),
@@ -262,14 +276,16 @@ fn clear(request: Request, range: Range<u64>, through: bool, how: Clear) -> Opti
         }
         return clear(request, range, through, Clear::Provision);
     }
-    let unit = request.device().allocation_unit().max(1);
-    let step = (unit.saturating_mul(STEP_BLOCKS)).min(STEP_BYTES.max(unit));
-    // Steps end where blocks end, so that no block is cut in two.
-    let stop = (range.start / unit * unit).saturating_add(step).min(range.end);
-    let result = clear_step(&request, range.start..stop, how);
-    if result.is_ok() && stop < range.end {
-        return Some(Box::new(Task { request, job: Job::Clear { range: stop..range.end, through, how } }));
-    }
+    let stop = match how {
+        Clear::Provision | Clear::ProvisionFast => provision_step(&request, range.clone()),
+        Clear::Discard | Clear::Zero => clear_step(&request, range.clone(), how),
+    };
+    let result = match stop {
+        Ok(stop) if stop < range.end => {
+            return Some(Box::new(Task { request, job: Job::Clear { range: stop..range.end, through, how } }));
+        }
+        other => other.map(|_| ()),
+    };
     let flushed = result.and_then(|()| match through {
         true => request.judge("flush", true, request.device().flush()),
         false => Ok(()),
@@ -278,36 +294,54 @@ fn clear(request: Request, range: Range<u64>, through: bool, how: Clear) -> Opti
     None
 }
 
-/// Refuses a range of which some has no space: that would have to be written.
+/// Zeroes or trims the first part of a range; where that ends.
+fn clear_step(request: &Request, range: Range<u64>, how: Clear) -> Result<u64, Errno> {
+    let device = request.device();
+    let unit = device.allocation_unit().max(1);
+    let step = (unit.saturating_mul(STEP_BLOCKS)).min(STEP_BYTES.max(unit));
+    // Steps end where blocks end, so that no block is cut in two.
+    let stop = (range.start / unit * unit).saturating_add(step).min(range.end);
+    if how == Clear::Discard {
+        request.judge("trim", true, device.discard(range.start..stop))?;
+    } else {
+        request.judge("write zeroes", true, device.write_zeroes(range.start..stop, true))?;
+    }
+    Ok(stop)
+}
+
+/// Zeroes the first part of a range and gives it all its space; where that ends.
+fn provision_step(request: &Request, range: Range<u64>) -> Result<u64, Errno> {
+    let device = request.device();
+    let mut parts = Vec::new();
+    let (mut stop, mut to_write) = (range.start, PROVISION_STEP_BYTES);
+    let ahead = range.start..range.end.min(range.start.saturating_add(STEP_BYTES));
+    let seen = device.visit_extents(ahead, &mut |extent| {
+        let is_data = matches!(extent.kind, ExtentKind::Data { .. });
+        let length = if is_data { extent.length } else { extent.length.min(to_write) };
+        parts.push((extent.start..extent.start + length, is_data));
+        stop = extent.start + length; // lies on the disk
+        to_write -= if is_data { 0 } else { length };
+        let full = to_write == 0 || parts.len() == PROVISION_STEP_PARTS;
+        if full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    request.judge("write zeroes", true, seen)?;
+    for (part, is_data) in parts {
+        let done = if is_data { device.write_zeroes(part, false) } else { write_zeros(device.as_ref(), part) };
+        request.judge("write zeroes", true, done)?;
+    }
+    Ok(stop)
+}
+
+/// Refuses a range of which some has no space, as that would have to be written, and one that is too scattered to tell.
 fn has_all_its_space(request: &Request, range: Range<u64>) -> Result<(), Errno> {
-    let mut all_data = true;
+    let (mut all_data, mut count) = (true, 0);
     let seen = request.device().visit_extents(range, &mut |extent| {
-        all_data = matches!(extent.kind, ExtentKind::Data { .. });
+        count += 1;
+        all_data = matches!(extent.kind, ExtentKind::Data { .. }) && count < EXTENTS_SEEN_MAX;
         if all_data { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     });
     request.judge("write zeroes", true, seen)?;
     if all_data { Ok(()) } else { Err(Errno::NotSupported) }
-}
-
-fn clear_step(request: &Request, range: Range<u64>, how: Clear) -> Result<(), Errno> {
-    let device = request.device();
-    match how {
-        Clear::Discard => request.judge("trim", true, device.discard(range)),
-        Clear::Zero => request.judge("write zeroes", true, device.write_zeroes(range, true)),
-        Clear::Provision | Clear::ProvisionFast => {
-            let mut parts = Vec::new();
-            let seen = device.visit_extents(range, &mut |extent| {
-                parts.push((extent.start..extent.end(), matches!(extent.kind, ExtentKind::Data { .. })));
-                ControlFlow::Continue(())
-            });
-            request.judge("write zeroes", true, seen)?;
-            for (part, is_data) in parts {
-                let done = if is_data { device.write_zeroes(part, false) } else { write_zeros(device.as_ref(), part) };
-                request.judge("write zeroes", true, done)?;
-            }
-            Ok(())
-        }
-    }
 }
 
 fn write_zeros(device: &dyn BlockDevice, range: Range<u64>) -> vhdkit::Result<()> {

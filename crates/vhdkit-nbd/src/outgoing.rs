@@ -11,16 +11,17 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use rustix::net::SendFlags;
 
 use crate::budget::Reservation;
-use crate::channel::Channel;
+use crate::channel::{Channel, PLAINTEXT_BYTES};
 
 /// Bytes for a client, and the right to have them in memory.
 #[derive(Debug)]
 struct Parcel {
     bytes: Vec<u8>,
-    /// How many of them are sent.
+    /// How many of them are sent, or with TLS were made ciphertext of.
+    taken: usize,
+    /// Ciphertext that is to be sent first, and how much of it is.
+    encoded: Vec<u8>,
     sent: usize,
-    /// Whether they are already as they go over the wire.
-    encoded: bool,
     _held: Option<Reservation>,
 }
 
@@ -65,7 +66,7 @@ impl Outgoing {
         if state.broken {
             return false; // nobody is there to take it
         }
-        state.queue.push_back(Parcel { bytes, sent: 0, encoded: false, _held: held });
+        state.queue.push_back(Parcel { bytes, taken: 0, encoded: Vec::new(), sent: 0, _held: held });
         if state.sending {
             return false; // whoever sends takes this along
         }
@@ -91,7 +92,11 @@ impl Outgoing {
         }
         if may_be_alone {
             // No request is in flight: nobody else has anything to send, and only this thread makes requests.
-            return self.channel.send_all(bytes);
+            let sent = self.channel.send_all(bytes);
+            if sent.is_err() {
+                self.give_up();
+            }
+            return sent;
         }
         let state = self.lock();
         let mut state = self.idle.wait_while(state, |state| state.sending).unwrap_or_else(PoisonError::into_inner);
@@ -100,7 +105,9 @@ impl Outgoing {
         }
         state.sending = true;
         drop(state);
+        let unwinding = GiveUp(self);
         let sent = self.channel.send_all(bytes).and_then(|()| self.send_queue(SendFlags::empty()));
+        std::mem::forget(unwinding);
         if sent.is_err() {
             self.give_up();
         }
@@ -123,7 +130,9 @@ impl Outgoing {
                 return Ok(());
             };
             drop(state);
+            let unwinding = GiveUp(self);
             let sent = self.send_parcel(&mut parcel, flags);
+            std::mem::forget(unwinding);
             if sent.is_err() {
                 self.lock().queue.push_front(parcel);
                 return sent;
@@ -132,16 +141,24 @@ impl Outgoing {
     }
 
     fn send_parcel(&self, parcel: &mut Parcel, flags: SendFlags) -> io::Result<()> {
-        if !parcel.encoded {
-            if let Some(encoded) = self.channel.encode(&parcel.bytes)? {
-                parcel.bytes = encoded;
+        loop {
+            if let Some(rest) = parcel.encoded.get(parcel.sent..).filter(|rest| !rest.is_empty()) {
+                parcel.sent += self.channel.stream.send(rest, flags)?;
+                continue;
             }
-            parcel.encoded = true;
+            let rest = parcel.bytes.get(parcel.taken..).unwrap_or_default();
+            if rest.is_empty() {
+                return Ok(());
+            }
+            let piece = rest.get(..PLAINTEXT_BYTES).unwrap_or(rest);
+            match self.channel.encode(piece)? {
+                Some(encoded) => {
+                    parcel.taken += piece.len();
+                    (parcel.encoded, parcel.sent) = (encoded, 0);
+                }
+                None => parcel.taken += self.channel.stream.send(rest, flags)?,
+            }
         }
-        while let Some(rest) = parcel.bytes.get(parcel.sent..).filter(|rest| !rest.is_empty()) {
-            parcel.sent += self.channel.stream.send(rest, flags)?;
-        }
-        Ok(())
     }
 
     /// Starts a thread that waits for the client.
@@ -169,5 +186,14 @@ impl Outgoing {
         self.idle.notify_all();
         drop(queue);
         self.channel.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// Whoever sends and panics must not leave others waiting for the end of it. Forgotten when all went well.
+struct GiveUp<'a>(&'a Outgoing);
+
+impl Drop for GiveUp<'_> {
+    fn drop(&mut self) {
+        self.0.give_up();
     }
 }

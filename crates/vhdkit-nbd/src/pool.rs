@@ -2,12 +2,26 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-/// The most threads. They wait most of the time.
-const THREADS_MAX: usize = 64;
-/// The most of them that work for one connection, so that there are some left for others.
-const THREADS_OF_CONNECTION_MAX: usize = 32;
+/// The most threads of a pool, and the most of them that work for one connection, so that some are left for others. They
+/// wait most of the time.
+pub(crate) const WAITING: Limits = Limits { threads: 64, of_connection: 32 };
+/// The same for work of many steps and of unknown length, so that it cannot hold up what is short.
+pub(crate) const STEPPED: Limits = Limits { threads: 8, of_connection: 4 };
+/// The most threads of all pools of a server; every pool may have one all the same.
+const THREADS_OF_SERVER_MAX: usize = 256;
+/// How long a thread waits for work before it ends.
+const IDLE_TIME: Duration = Duration::from_secs(5);
+
+/// How many threads there may be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    threads: usize,
+    of_connection: usize,
+}
 
 /// Something to do that may take a while.
 pub(crate) trait Work: Send {
@@ -25,12 +39,6 @@ struct Queue {
     listed: bool,
 }
 
-impl Queue {
-    fn is_due(&self) -> bool {
-        !self.listed && !self.waiting.is_empty() && self.running < THREADS_OF_CONNECTION_MAX
-    }
-}
-
 #[derive(Default)]
 struct State {
     queues: HashMap<u64, Queue>,
@@ -41,11 +49,15 @@ struct State {
     /// Work that nobody has begun.
     waiting: usize,
     ended: bool,
+    /// The most threads that work for one connection.
+    of_connection: usize,
 }
 
 impl State {
     fn list(&mut self, connection: u64) {
-        if let Some(queue) = self.queues.get_mut(&connection).filter(|queue| queue.is_due()) {
+        let running_max = self.of_connection;
+        let is_due = |queue: &&mut Queue| !queue.listed && !queue.waiting.is_empty() && queue.running < running_max;
+        if let Some(queue) = self.queues.get_mut(&connection).filter(is_due) {
             queue.listed = true;
             self.round.push_back(connection);
         }
@@ -80,6 +92,9 @@ impl State {
 pub(crate) struct Pool {
     state: Mutex<State>,
     work: Condvar,
+    limits: Limits,
+    /// Threads of all pools of the server.
+    all_threads: Arc<AtomicUsize>,
 }
 
 impl std::fmt::Debug for Pool {
@@ -89,8 +104,9 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Pool {
-    pub(crate) fn new() -> Self {
-        Self { state: Mutex::default(), work: Condvar::new() }
+    pub(crate) fn new(limits: Limits, all_threads: &Arc<AtomicUsize>) -> Self {
+        let state = State { of_connection: limits.of_connection, ..State::default() };
+        Self { state: Mutex::new(state), work: Condvar::new(), limits, all_threads: Arc::clone(all_threads) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -101,7 +117,9 @@ impl Pool {
     pub(crate) fn push(self: &Arc<Self>, connection: u64, work: Box<dyn Work>) -> Result<(), Box<dyn Work>> {
         let mut state = self.lock();
         // Those that are idle have been woken for what waits already.
-        if state.idle <= state.waiting && state.threads < THREADS_MAX && !self.start(&mut state) && state.threads == 0 {
+        let wanted = state.idle <= state.waiting && state.threads < self.limits.threads;
+        let allowed = state.threads == 0 || self.all_threads.load(Ordering::Relaxed) < THREADS_OF_SERVER_MAX;
+        if wanted && allowed && !self.start(&mut state) && state.threads == 0 {
             return Err(work);
         }
         state.queues.entry(connection).or_default().waiting.push_back(work);
@@ -120,6 +138,7 @@ impl Pool {
             tracing::warn!(%error, "cannot start one more worker thread");
         } else {
             state.threads += 1;
+            self.all_threads.fetch_add(1, Ordering::Relaxed);
         }
         started.is_ok()
     }
@@ -139,13 +158,18 @@ impl Pool {
                 continue;
             }
             if state.ended {
-                state.threads -= 1;
-                return;
+                break;
             }
             state.idle += 1;
-            state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let waited = self.work.wait_timeout(state, IDLE_TIME).unwrap_or_else(PoisonError::into_inner);
+            state = waited.0;
             state.idle -= 1;
+            if waited.1.timed_out() && state.round.is_empty() {
+                break;
+            }
         }
+        state.threads -= 1;
+        self.all_threads.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Lets the threads end once nothing is left to do.
@@ -176,7 +200,8 @@ mod tests {
 
     #[test]
     fn every_step_is_done_and_a_panic_harms_nobody_else() {
-        let pool = Arc::new(Pool::new());
+        let threads = Arc::new(AtomicUsize::new(0));
+        let pool = Arc::new(Pool::new(STEPPED, &threads));
         let (sender, receiver) = mpsc::channel();
         for connection in 0..10 {
             for steps in [1, 5, 13, 3] {
@@ -186,5 +211,8 @@ mod tests {
         drop(sender);
         pool.end();
         assert_eq!(receiver.iter().sum::<usize>(), 30);
+        while threads.load(Ordering::Relaxed) > 0 {
+            std::thread::yield_now();
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The server: listeners, connections, and the end of both.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::io;
 use std::net::{Shutdown, TcpListener};
@@ -15,13 +15,15 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::budget::{Budget, SERVER_BYTES_MAX};
 use crate::channel::Stream;
-use crate::connection::{BUFFER_BYTES, Common, Connection, End, shake_hands};
+use crate::connection::{CONNECTION_BYTES, Common, Connection, End, Pools, shake_hands};
 use crate::counters::{Counters, Totals};
 use crate::export::{Export, Exports};
 use crate::tls::Tls;
 
-/// The most connections that can be allowed: their buffers alone are within the server's bound then.
-const CONNECTIONS_MAX: usize = 400;
+/// The most connections that can be allowed: what each of them has for itself is within the server's bound then.
+const CONNECTIONS_MAX: usize = 256;
+/// How often the log tells of clients that are turned away.
+const WARNING_PAUSE: Duration = Duration::from_secs(1);
 /// How long to leave a listener alone that cannot give connections, for want of file descriptors mostly.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -68,7 +70,7 @@ impl Listener {
 /// How a server behaves.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The most connections at a time, from 1 to 400. Those beyond are turned away.
+    /// The most connections at a time, from 1 to 256. Those beyond are turned away.
     pub connections_max: usize,
     /// Certificate and key, where TLS is offered.
     pub tls: Option<Tls>,
@@ -110,14 +112,21 @@ impl std::error::Error for StartError {}
 /// What the server, its connections and its handles share about its life.
 #[derive(Debug)]
 struct Control {
-    stopping: AtomicBool,
     wake: OwnedFd,
-    connections: Mutex<HashMap<u64, Arc<Stream>>>,
+    connections: Mutex<BTreeMap<u64, Client>>,
     ended: Condvar,
 }
 
+/// A client that has a place.
+#[derive(Debug)]
+struct Client {
+    stream: Arc<Stream>,
+    /// It has not said yet what it wants.
+    shakes_hands: bool,
+}
+
 impl Control {
-    fn connections(&self) -> MutexGuard<'_, HashMap<u64, Arc<Stream>>> {
+    fn connections(&self) -> MutexGuard<'_, BTreeMap<u64, Client>> {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner) // changed by single steps
     }
 
@@ -137,7 +146,7 @@ pub struct Handle {
 impl Handle {
     /// Asks the server to stop: no more connections and requests; what is under way is done and answered.
     pub fn stop(&self) {
-        self.control.stopping.store(true, Ordering::SeqCst);
+        self.common.stopping.store(true, Ordering::SeqCst);
         self.control.wake();
     }
 
@@ -160,6 +169,8 @@ pub struct Server {
     options: Options,
     common: Arc<Common>,
     control: Arc<Control>,
+    /// When the log was told of clients that were turned away.
+    warned: Mutex<Option<Instant>>,
 }
 
 impl Server {
@@ -180,18 +191,21 @@ impl Server {
         }
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let wake = wake.map_err(|error| StartError(format!("cannot make an eventfd: {error}")))?;
-        let buffers = options.connections_max as u64 * BUFFER_BYTES;
+        let own = options.connections_max as u64 * CONNECTION_BYTES;
+        let all_threads = Arc::default();
         let common = Common {
+            pools: exports.iter().map(|_| Pools::new(&all_threads)).collect(),
             exports: Exports(exports.into_iter().map(Arc::new).collect()),
             tls: options.tls.clone(),
             handshake_time: options.handshake_time,
             poll: options.poll,
-            budget: Arc::new(Budget::new(SERVER_BYTES_MAX.saturating_sub(buffers))),
+            stopping: AtomicBool::new(false),
+            cut_off: AtomicBool::new(false),
+            budget: Arc::new(Budget::new(SERVER_BYTES_MAX.saturating_sub(own))),
             counters: Counters::default(),
         };
-        let control =
-            Control { stopping: AtomicBool::new(false), wake, connections: Mutex::default(), ended: Condvar::new() };
-        Ok(Self { options, common: Arc::new(common), control: Arc::new(control) })
+        let control = Control { wake, connections: Mutex::default(), ended: Condvar::new() };
+        Ok(Self { options, common: Arc::new(common), control: Arc::new(control), warned: Mutex::default() })
     }
 
     /// What stops it.
@@ -220,7 +234,7 @@ impl Server {
         let mut idle_since = Instant::now();
         let mut was_busy = false;
         let mut pause = false;
-        while !self.control.stopping.load(Ordering::SeqCst) {
+        while !self.common.stopping.load(Ordering::SeqCst) {
             // The end of the last connection wakes this thread, and only then it begins to be idle.
             let is_busy = self.handle().connections() > 0;
             if is_busy || was_busy {
@@ -285,21 +299,17 @@ impl Server {
     fn begin(&self, id: u64, stream: Stream) {
         let count = |more: Totals| self.common.counters.add(&more);
         let stream = Arc::new(stream);
-        {
-            let mut connections = self.control.connections();
-            if connections.len() >= self.options.connections_max {
-                drop(connections);
-                tracing::warn!(limit = self.options.connections_max, "too many connections: a client is turned away");
-                return count(Totals { turned_away: 1, ..Totals::default() });
-            }
-            connections.insert(id, Arc::clone(&stream));
+        if !self.has_place() {
+            self.warn_of_crowd();
+            return count(Totals { turned_away: 1, ..Totals::default() });
         }
+        self.control.connections().insert(id, Client { stream: Arc::clone(&stream), shakes_hands: true });
         count(Totals { connections: 1, ..Totals::default() });
         let registered = Registered { id, control: Arc::clone(&self.control) };
         let common = Arc::clone(&self.common);
         let serve = move || {
             let registered = registered; // ends with this thread, however it ends
-            let served = catch_unwind(AssertUnwindSafe(|| converse(&common, registered.id, &stream)));
+            let served = catch_unwind(AssertUnwindSafe(|| converse(&common, &registered, &stream)));
             if served.is_err() {
                 tracing::error!(connection = id, "a connection panicked");
                 stream.shutdown(Shutdown::Both);
@@ -311,19 +321,46 @@ impl Server {
         }
     }
 
+    /// Whether there is a place for one more. Where all are taken, whoever has shaken hands for the longest time loses his: so
+    /// strangers, who come no further, keep nobody out for long.
+    fn has_place(&self) -> bool {
+        let mut connections = self.control.connections();
+        if connections.len() < self.options.connections_max {
+            return true;
+        }
+        let slowest = connections.iter().find(|(_, client)| client.shakes_hands).map(|(id, _)| *id);
+        let Some(client) = slowest.and_then(|id| connections.remove(&id)) else { return false };
+        drop(connections);
+        client.stream.shutdown(Shutdown::Both);
+        self.common.counters.add(&Totals { turned_away: 1, ..Totals::default() });
+        self.warn_of_crowd();
+        true
+    }
+
+    fn warn_of_crowd(&self) {
+        let mut last = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_none_or(|last| last.elapsed() >= WARNING_PAUSE) {
+            *last = Some(Instant::now());
+            tracing::warn!(limit = self.options.connections_max, "too many connections: clients are turned away");
+        }
+    }
+
     /// Lets what is under way end.
     fn drain(&self) {
-        for stream in self.control.connections().values() {
-            stream.shutdown(Shutdown::Read);
+        // A listener that failed ends the server too.
+        self.common.stopping.store(true, Ordering::SeqCst);
+        for client in self.control.connections().values() {
+            client.stream.shutdown(Shutdown::Read);
         }
         let deadline = Instant::now() + self.options.drain_time;
         let mut connections = self.control.connections();
         while !connections.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                tracing::warn!(count = connections.len(), "clients that do not take their replies are cut off");
-                for stream in connections.values() {
-                    stream.shutdown(Shutdown::Both);
+                tracing::warn!(count = connections.len(), "clients whose requests or replies take longer are cut off");
+                self.common.cut_off.store(true, Ordering::SeqCst);
+                for client in connections.values() {
+                    client.stream.shutdown(Shutdown::Both);
                 }
                 break;
             }
@@ -344,23 +381,33 @@ struct Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        let stream = self.control.connections().remove(&self.id);
-        drop(stream);
+        let client = self.control.connections().remove(&self.id);
+        drop(client);
         self.control.ended.notify_all();
         self.control.wake(); // the time of being idle may begin
     }
 }
 
+impl Registered {
+    /// The client has said what it wants, and keeps its place. False when it has lost that before.
+    fn established(&self) -> bool {
+        let mut connections = self.control.connections();
+        let client = connections.get_mut(&self.id);
+        client.map(|client| client.shakes_hands = false).is_some()
+    }
+}
+
 /// All that is said on one connection.
-fn converse(common: &Arc<Common>, id: u64, stream: &Arc<Stream>) {
+fn converse(common: &Arc<Common>, registered: &Registered, stream: &Arc<Stream>) {
+    let id = registered.id;
     let count = |more: Totals| common.counters.add(&more);
     let established = stream.prepare().map_err(End::from).and_then(|()| shake_hands(common, stream));
     let end = match established {
-        Ok(Some(established)) => {
+        Ok(Some(established)) if registered.established() => {
             tracing::debug!(connection = id, "connected");
             Connection::new(Arc::clone(common), id, established).run()
         }
-        Ok(None) => {
+        Ok(_) => {
             tracing::debug!(connection = id, "went without a request");
             return stream.shutdown(Shutdown::Both);
         }
@@ -383,7 +430,9 @@ fn converse(common: &Arc<Common>, id: u64, stream: &Arc<Stream>) {
 /// For fuzzing: one connection, on this thread. A panic of it is not caught.
 pub fn fuzz(exports: Vec<Export>, stream: std::os::unix::net::UnixStream) -> Result<Totals, StartError> {
     let server = Server::new(exports, Options::default())?;
-    converse(&server.common, 1, &Arc::new(Stream::Unix(stream)));
+    let stream = Arc::new(Stream::Unix(stream));
+    server.control.connections().insert(1, Client { stream: Arc::clone(&stream), shakes_hands: true });
+    converse(&server.common, &Registered { id: 1, control: Arc::clone(&server.control) }, &stream);
     server.common.end_pools();
     Ok(server.handle().totals())
 }

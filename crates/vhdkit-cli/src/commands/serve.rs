@@ -43,7 +43,12 @@ fn serve(context: &Context, args: &ServeArgs, disks: &Disks<'_>, tls: Option<Tls
         .map_err(|error| Failure::usage(error.to_string(), "choose other names, or fewer images"))?;
     let signals = Signals::catch().map_err(system("cannot handle signals"))?;
     let nowhere = OpenOptions::new().write(true).open("/dev/null").map_err(system("cannot open /dev/null"))?;
-    let Sockets { listeners, places, made } = plan.listen()?;
+    let sockets = plan.listen()?;
+    if let Some(path) = sockets.open_to_others().filter(|_| !args.address.insecure) {
+        let what = "other users may connect to this socket; SocketMode=0600 in its unit keeps them out";
+        context.ui.warn(Some(path), what);
+    }
+    let Sockets { listeners, places, made } = sockets;
     confine(&context.ui, made.as_ref());
     announce(context, &disks.served, &places, has_tls)?;
     // Whoever reads our output sees its end: `uri=$(vhdkit serve disk.vhdx &)` does not wait for the server's.

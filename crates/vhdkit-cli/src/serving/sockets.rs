@@ -9,7 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use listenfd::ListenFd;
-use rustix::fs::Mode;
+use rustix::fs::{FlockOperation, Mode};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt};
 use vhdkit::{Error, ErrorKind};
 use vhdkit_nbd::{Listener, Tls};
@@ -74,8 +74,11 @@ impl Plan {
             Self::Own => own_socket(),
             Self::Socket(path) => {
                 let path = std::path::absolute(&path).map_err(|error| file_error(&path, "cannot be named", error))?;
+                let turn = turn_in(&path)?;
                 clear_the_way(&path)?;
-                unix_socket(&path, None)
+                let made = unix_socket(&path, None);
+                drop(turn); // it listens now
+                made
             }
             Self::Tcp(addresses) => tcp_socket(&addresses),
             Self::Activated(sockets) => {
@@ -93,6 +96,18 @@ pub(crate) struct Sockets {
     pub(crate) places: Vec<Place>,
     /// What has to be removed in the end.
     pub(crate) made: Option<Made>,
+}
+
+impl Sockets {
+    /// The path of a socket that was handed over and that other users may connect to.
+    pub(crate) fn open_to_others(&self) -> Option<&Path> {
+        let mut paths = self.places.iter().filter_map(|place| match place {
+            Place::Unix(path) if self.made.is_none() => Some(path.as_path()),
+            _ => None,
+        });
+        let is_open = |path: &&Path| fs::metadata(path).is_ok_and(|metadata| metadata.mode() & 0o022 != 0);
+        paths.find(is_open)
+    }
 }
 
 /// A socket in the file system that is ours. It goes when this is dropped.
@@ -266,6 +281,17 @@ fn bind_error(path: &Path, error: io::Error) -> Failure {
 
 fn taken(path: &Path, what: &str, hint: &str) -> Failure {
     Error::new(ErrorKind::Exists, what).with_path(path).with_hint(hint).into()
+}
+
+/// Waits until no other server is about to make a socket in that directory: between the look at an old one and the new one
+/// that listens nobody else may do the same.
+fn turn_in(path: &Path) -> Result<fs::File, Failure> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let file = fs::File::open(directory);
+    let file = file.map_err(|error| file_error(directory, "cannot open the directory of the socket", error))?;
+    rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockExclusive))
+        .map_err(|error| file_error(directory, "cannot lock the directory of the socket", error.into()))?;
+    Ok(file)
 }
 
 /// Removes a socket that a server left behind; anything else stays, and is an error.

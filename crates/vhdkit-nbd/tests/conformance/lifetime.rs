@@ -42,7 +42,9 @@ fn what_is_under_way_is_answered_before_the_server_ends() {
     device.open_gate();
     let first = disk.receive().unwrap().successful().unwrap().cookie;
     let second = disk.receive().unwrap().successful().unwrap().cookie;
-    assert_eq!([first, second].iter().min(), [read, write].iter().min());
+    let mut answered = [first, second];
+    answered.sort_unstable();
+    assert_eq!(answered, [read.min(write), read.max(write)]);
     expect_closed(disk.stream()).unwrap();
     assert!(connect::wait_for(PATIENCE, || server.has_ended().then_some(())).is_some());
     server.stop();
@@ -141,4 +143,59 @@ fn totals_count_what_was_done() {
     assert_eq!((totals.trims, totals.zeroes, totals.caches, totals.block_statuses), (1, 1, 1, 1));
     assert_eq!((totals.bytes_read, totals.bytes_written, totals.errors), (8192, 4096, 1));
     assert_eq!((totals.handshakes_failed, totals.protocol_errors), (0, 0));
+}
+
+/// Requests that would take hours end with their client, and with the server.
+#[test]
+fn long_work_ends_with_its_client_and_with_the_server() {
+    let disk_bytes = 16 << 40;
+    let long = |server: &Served, request: Request| {
+        let mut disk = server.begin(Mode::Extended);
+        disk.send(request).unwrap();
+        disk
+    };
+    let requests = || [Request::cache(0, disk_bytes), Request::write_zeroes(0, disk_bytes).with_flags(2)];
+    for request in requests() {
+        let options = Options { drain_time: Duration::from_millis(100), ..Options::default() };
+        let export = Export::new(NAME, image(disk_bytes)).unwrap().writable(true);
+        let server = Served::new(vec![export], options);
+        drop(long(&server, request.clone()));
+        server.wait_until_empty();
+        let still_there = long(&server, request);
+        server.wait_until_connected(1);
+        server.handle.stop();
+        assert!(connect::wait_for(PATIENCE, || server.has_ended().then_some(())).is_some(), "the server goes on");
+        drop(still_there);
+    }
+}
+
+/// A client that never stops asking is served until the server is told to stop, and no longer.
+#[test]
+fn a_stop_ends_clients_that_never_stop_asking() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let options = Options { drain_time: Duration::from_secs(3600), ..Options::default() };
+    let server = Server::new(vec![Export::new(NAME, image(8 * MIB)).unwrap()], options).unwrap();
+    let handle = server.handle();
+    let thread = std::thread::spawn(move || server.run(vec![Listener::Tcp(listener)]));
+    let client = std::thread::spawn(move || {
+        let mut disk = connect::begin(connect::tcp(address).unwrap(), Mode::Simple, NAME).unwrap();
+        let mut count = 0_u64;
+        loop {
+            while disk.in_flight() < 16 {
+                if disk.send(Request::read(0, 64 << 10)).is_err() {
+                    return count;
+                }
+            }
+            if disk.receive().is_err() {
+                return count;
+            }
+            count += 1;
+        }
+    });
+    assert!(connect::wait_for(PATIENCE, || (handle.totals().reads > 100).then_some(())).is_some());
+    handle.stop();
+    assert!(connect::wait_for(PATIENCE, || thread.is_finished().then_some(())).is_some(), "the server goes on");
+    thread.join().unwrap().unwrap();
+    assert!(client.join().unwrap() > 0);
 }

@@ -35,15 +35,23 @@ impl Pieces {
     }
 }
 
+/// Whether what a layer leaves to its parent is looked for there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Beneath {
+    Yes,
+    /// It reads as zero: the layer by itself.
+    No,
+}
+
 impl Shared {
     /// Reads from a layer and what lies beneath it.
-    pub(super) fn read_at_once(&self, depth: usize, buf: &mut [u8], offset: u64) -> Result<AtOnce> {
+    pub(super) fn read_at_once(&self, depth: usize, beneath: Beneath, buf: &mut [u8], offset: u64) -> Result<AtOnce> {
         let Some(layer) = self.layers.get(depth) else { return Ok(AtOnce::Zero) };
         let geometry = layer.geometry();
         let in_block = geometry.offset_in_block(GuestOffset(offset));
         let on_disk = offset.saturating_add(buf.len() as u64) <= geometry.disk_size();
         if on_disk && buf.len() as u64 <= geometry.block_size() - in_block {
-            return self.block_at_once(depth, layer, buf, offset);
+            return self.block_at_once(depth, beneath, layer, buf, offset);
         }
         let there = usize::try_from(geometry.disk_size().saturating_sub(offset)).unwrap_or(usize::MAX).min(buf.len());
         let (mut rest, beyond) = buf.split_at_mut(there);
@@ -52,7 +60,7 @@ impl Shared {
         while !rest.is_empty() {
             let left = geometry.block_size() - geometry.offset_in_block(GuestOffset(offset));
             let (piece, tail) = rest.split_at_mut(usize::try_from(left).unwrap_or(usize::MAX).min(rest.len()));
-            let outcome = self.block_at_once(depth, layer, piece, offset)?;
+            let outcome = self.block_at_once(depth, beneath, layer, piece, offset)?;
             if !pieces.add(piece, outcome) {
                 return Ok(AtOnce::Waits);
             }
@@ -63,28 +71,40 @@ impl Shared {
         Ok(pieces.outcome())
     }
 
-    fn block_at_once(&self, depth: usize, layer: &Layer, buf: &mut [u8], offset: u64) -> Result<AtOnce> {
+    fn block_at_once(
+        &self,
+        depth: usize,
+        beneath: Beneath,
+        layer: &Layer,
+        buf: &mut [u8],
+        offset: u64,
+    ) -> Result<AtOnce> {
         let geometry = layer.geometry();
         let block = geometry.block_of(GuestOffset(offset));
         let Some(entry) = layer.bat().in_memory(geometry.payload_index(block)) else { return Ok(AtOnce::Waits) };
         match entry.payload_state() {
             Some(PayloadState::FullyPresent) => place_at_once(layer, entry, buf, offset),
-            Some(PayloadState::PartiallyPresent) => self.partial_at_once(depth, layer, entry, buf, offset),
-            Some(PayloadState::NotPresent) if geometry.is_differencing() => self.parent_at_once(depth, buf, offset),
+            Some(PayloadState::PartiallyPresent) => self.partial_at_once((depth, beneath), layer, entry, buf, offset),
+            Some(PayloadState::NotPresent) if geometry.is_differencing() => {
+                self.parent_at_once(depth, beneath, buf, offset)
+            }
             _ => Ok(AtOnce::Zero),
         }
     }
 
-    fn parent_at_once(&self, depth: usize, buf: &mut [u8], offset: u64) -> Result<AtOnce> {
+    fn parent_at_once(&self, depth: usize, beneath: Beneath, buf: &mut [u8], offset: u64) -> Result<AtOnce> {
+        if beneath == Beneath::No {
+            return Ok(AtOnce::Zero);
+        }
         if self.parents_missing && depth + 1 == self.layers.len() {
             return Ok(AtOnce::Waits); // whoever waits is told what is missing
         }
-        self.read_at_once(depth + 1, buf, offset)
+        self.read_at_once(depth + 1, beneath, buf, offset)
     }
 
     fn partial_at_once(
         &self,
-        depth: usize,
+        (depth, beneath): (usize, Beneath),
         layer: &Layer,
         entry: BatEntry,
         buf: &mut [u8],
@@ -107,7 +127,7 @@ impl Shared {
             let outcome = if here {
                 place_at_once(layer, entry, piece, offset)?
             } else {
-                self.parent_at_once(depth, piece, offset)?
+                self.parent_at_once(depth, beneath, piece, offset)?
             };
             if !pieces.add(piece, outcome) {
                 return Ok(AtOnce::Waits);

@@ -355,6 +355,13 @@ impl Shared {
             self.allocate(writer, geometry.block_size(), wait)
         };
         let zeroed = given.and_then(|given| match given {
+            // To zero it takes as long as it takes.
+            Some(given) if wait == Wait::AtOnce && given.holds != Holds::Zero => {
+                if !anchored {
+                    give_back(&mut writer.meta(), &given);
+                }
+                Ok(None)
+            }
             Some(given) => self
                 .zero_rest(writer, &given, range, in_block)
                 .inspect_err(|_| {

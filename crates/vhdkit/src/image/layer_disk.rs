@@ -3,8 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::at_once::Beneath;
 use super::bitmap::{self, BitmapKey};
-use super::device::{BlockDevice, Extent, VisitExtent, check_range};
+use super::device::{AtOnce, BlockDevice, Extent, VisitExtent, check_range};
 use super::layer::Layer;
 use super::{Image, bat, extents};
 use crate::error::{Error, ErrorKind, Result};
@@ -140,6 +141,12 @@ impl BlockDevice for LayerDisk {
             rest = tail;
         }
         Ok(())
+    }
+
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> Result<AtOnce> {
+        check_range(offset, buf.len() as u64, self.size())?;
+        let _inside = self.image.shared.gate.enter();
+        self.image.shared.read_at_once(self.depth, Beneath::No, buf, offset)
     }
 
     fn visit_extents(&self, range: Range<u64>, visit: &mut VisitExtent<'_>) -> Result<()> {

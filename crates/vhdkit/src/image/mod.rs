@@ -55,6 +55,7 @@ use crate::storage::Storage;
 use crate::sync::{AtomicUsize, Mutex, OnceLock};
 use crate::units::{BlockIndex, GuestOffset};
 use admission::Admission;
+use at_once::Beneath;
 use bitmap::BitmapKey;
 use device::check_range;
 use gate::Gate;
@@ -413,7 +414,7 @@ impl BlockDevice for Image {
     fn read_at_once(&self, buf: &mut [u8], offset: u64) -> Result<AtOnce> {
         check_range(offset, buf.len() as u64, self.geometry().disk_size())?;
         let _inside = self.shared.gate.enter();
-        self.shared.read_at_once(0, buf, offset)
+        self.shared.read_at_once(0, Beneath::Yes, buf, offset)
     }
 
     fn visit_extents(&self, range: Range<u64>, visit: &mut VisitExtent<'_>) -> Result<()> {
