@@ -43,7 +43,7 @@ counters! {
     connections,
     /// Connections that were turned away at once, as there were too many.
     turned_away,
-    /// Connections that ended without a transmission phase.
+    /// Connections that were cut off, or broke, before their transmission phase.
     handshakes_failed,
     /// Connections that were cut off for what the client sent.
     protocol_errors,

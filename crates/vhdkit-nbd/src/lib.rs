@@ -36,7 +36,8 @@
 //!
 //! Each connection has a thread. What it can answer without waiting (what is in the page cache, holes, writes to mapped
 //! blocks) it answers at once, many requests with one receiving and one sending system call. What has to wait for a medium
-//! or for a commit goes to worker threads that all connections share, so that one slow read holds up nobody else.
+//! or for a commit goes to worker threads that the connections to an export share, so that one slow read holds up nobody else;
+//! only writes of more than 256 KiB, which come in pieces, are written by the connection's own thread in any case.
 
 mod budget;
 mod channel;
