@@ -1,17 +1,17 @@
 //! Clients that do not read, do not send, or take their time.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use vhdkit_nbd::Options;
+use vhdkit_nbd::{Export, Options};
 use vhdkit_testkit::nbd::wire::{command, command_flag as flag};
 use vhdkit_testkit::nbd::{Handshake, Header, Mode, Request, connect, wire};
 
 use crate::siege::{BOUND, LITTLE, Siege, assert_cut_off};
 use crate::support::devices::{Manner, Staged};
-use crate::support::{MIB, NAME, PATIENCE, pattern, tls};
+use crate::support::{MIB, NAME, PATIENCE, image, pattern, tls};
 
 /// Sends the same bytes again and again until the server takes no more for a while, or so many of them are sent.
 fn send_until_full(stream: &mut std::os::unix::net::UnixStream, bytes: &[u8], times: usize) {
@@ -243,4 +243,32 @@ fn the_server_ends_although_clients_read_nothing() {
     siege.server.handle.stop();
     let ended = connect::wait_for(PATIENCE, || siege.server.has_ended().then_some(()));
     assert!(ended.is_some(), "the server waits for those who do not read");
+}
+
+/// Options that ask for long lists, of clients that take the answers slowly or not at all, cost little memory and end in time.
+#[test]
+fn answers_that_nobody_takes_end_with_the_time_of_the_handshake() {
+    let long = |index: usize| format!("{index:04}{}", "n".repeat(4000));
+    let many = (0..60).map(|index| Export::new(long(index), image(MIB)).unwrap().description("d".repeat(4000)));
+    let good = Export::new(NAME, image(64 * MIB)).unwrap().writable(true);
+    let options = Options { handshake_time: Duration::from_secs(2), ..Options::default() };
+    let siege = Siege::serving(many.chain([good]).collect(), options);
+    let lists = wire::option_bytes(3, &[]).repeat(250);
+    let mut held = Vec::new();
+    for _ in 0..32 {
+        let mut handshake = siege.handshake();
+        handshake.send_bytes(&lists).unwrap();
+        held.push(handshake);
+    }
+    // A little is taken all the time, so that no single call of the server's takes long.
+    let mut bytes = [0; 2048];
+    let alone = || {
+        for handshake in &mut held {
+            let _ = handshake.stream().read(&mut bytes);
+        }
+        (siege.server.handle.connections() == 0).then_some(())
+    };
+    assert!(connect::wait_for(PATIENCE, alone).is_some(), "the server still waits for them");
+    drop(held);
+    siege.end(LITTLE);
 }
