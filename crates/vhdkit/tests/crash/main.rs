@@ -71,6 +71,8 @@ fn expect_much(report: &Report) {
     }
     for (what, least) in OFTEN {
         let count = report.tallied(what);
+        // Without optimization there are half a dozen programs, of which one more or less decides.
+        let least = if cfg!(debug_assertions) { least * 10 } else { least };
         assert!(count * least >= total, "only {count} {what}\n{report}");
     }
     let inside = report.distinct_in(&["log", "home", "retire"]);
