@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use listenfd::ListenFd;
 use rustix::fs::{FlockOperation, Mode};
@@ -19,6 +20,10 @@ use crate::args::AddressArgs;
 use crate::failure::{Failure, file_error};
 use crate::show;
 
+/// How often, and after what pause, to try to be the only one who makes a socket in a directory: that takes microseconds, so
+/// whoever is in the way for longer is no server.
+const TURN_ATTEMPTS: u32 = 100;
+const TURN_PAUSE: Duration = Duration::from_millis(20);
 /// How many names are tried for a directory of our own.
 const NAMES_MAX: u32 = 1000;
 /// What a directory and a socket are for others: nothing. The mask takes it away while they are made, so that there is no
@@ -287,11 +292,16 @@ fn taken(path: &Path, what: &str, hint: &str) -> Failure {
 /// that listens nobody else may do the same.
 fn turn_in(path: &Path) -> Result<fs::File, Failure> {
     let directory = path.parent().unwrap_or(Path::new("/"));
-    let file = fs::File::open(directory);
-    let file = file.map_err(|error| file_error(directory, "cannot open the directory of the socket", error))?;
-    rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockExclusive))
-        .map_err(|error| file_error(directory, "cannot lock the directory of the socket", error.into()))?;
-    Ok(file)
+    let failed = |error| file_error(path, "cannot make the socket", error);
+    let file = fs::File::open(directory).map_err(failed)?;
+    for _ in 0..TURN_ATTEMPTS {
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => std::thread::sleep(TURN_PAUSE),
+            Err(error) => return Err(failed(error.into())),
+        }
+    }
+    Err(taken(path, "somebody holds a lock on the directory of the socket", "choose another directory"))
 }
 
 /// Removes a socket that a server left behind; anything else stays, and is an error.
