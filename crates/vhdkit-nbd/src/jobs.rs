@@ -3,7 +3,7 @@
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use vhdkit::image::{AtOnce, BlockDevice, ExtentKind};
+use vhdkit::image::{BlockDevice, ExtentKind};
 
 use crate::budget::Reservation;
 use crate::connection::Session;
@@ -230,18 +230,9 @@ fn read_part(request: &Request, offset: u64, length: u32, may_be_hole: bool, don
     let head = bytes.len();
     bytes.resize(head + count, 0);
     let data = bytes.get_mut(head..).unwrap_or_default();
-    let zero = match request.judge("read", false, device.read_at_once(data, offset))? {
-        AtOnce::Filled => false,
-        AtOnce::Zero => {
-            data.fill(0);
-            true
-        }
-        AtOnce::Waits => {
-            request.judge("read", false, device.read_at(data, offset))?;
-            is_zero(data)
-        }
-    };
-    if zero && may_be_hole {
+    request.judge("read", false, device.read_at(data, offset))?;
+    // Whether it was a hole is not asked: it had to be waited for, and the next one of the same block will not have to be.
+    if may_be_hole && is_zero(data) {
         bytes.clear();
         bytes.shrink_to(64);
         to.hole(offset, length, done, &mut bytes);
