@@ -2,13 +2,13 @@
 //!
 //! Whoever serves many requests on one thread asks this first, and hands what has to wait to another thread.
 
-use super::Shared;
 use super::bitmap::{BitmapKey, PAGE_BITS, bit_run};
 use super::commit::is_full;
 use super::device::AtOnce;
 use super::layer::Layer;
 use super::tokens::Wait;
 use super::write::Payload;
+use super::{Beneath, Shared};
 use crate::error::{ErrorKind, Result};
 use crate::format::bat::{BatEntry, PayloadState};
 use crate::units::GuestOffset;
@@ -33,14 +33,6 @@ impl Pieces {
     const fn outcome(self) -> AtOnce {
         if self.any_filled { AtOnce::Filled } else { AtOnce::Zero }
     }
-}
-
-/// Whether what a layer leaves to its parent is looked for there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Beneath {
-    Yes,
-    /// It reads as zero: the layer by itself.
-    No,
 }
 
 impl Shared {

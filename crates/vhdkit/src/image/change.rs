@@ -354,23 +354,13 @@ impl Shared {
         } else {
             self.allocate(writer, geometry.block_size(), wait)
         };
-        let zeroed = given.and_then(|given| match given {
-            // To zero it takes as long as it takes.
-            Some(given) if wait == Wait::AtOnce && given.holds != Holds::Zero => {
-                if !anchored {
-                    give_back(&mut writer.meta(), &given);
-                }
-                Ok(None)
+        let zeroed = given.and_then(|given| {
+            let Some(given) = given else { return Ok(None) };
+            let zeroed = self.zero_rest(writer, &given, range, in_block, wait);
+            if !matches!(zeroed, Ok(true)) && !anchored {
+                give_back(&mut writer.meta(), &given);
             }
-            Some(given) => self
-                .zero_rest(writer, &given, range, in_block)
-                .inspect_err(|_| {
-                    if !anchored {
-                        give_back(&mut writer.meta(), &given);
-                    }
-                })
-                .map(|()| Some(given)),
-            None => Ok(None),
+            zeroed.map(|zeroed| zeroed.then_some(given))
         });
         match zeroed {
             Ok(Some(given)) => {
@@ -389,10 +379,13 @@ impl Shared {
         }
     }
 
-    /// Zeroes what a first write leaves of stale space.
-    fn zero_rest(&self, writer: &Writer, given: &Given, range: &Range<u64>, in_block: u64) -> Result<()> {
+    /// Zeroes what a first write leaves of stale space. False where that takes longer than the caller can.
+    fn zero_rest(&self, writer: &Writer, given: &Given, range: &Range<u64>, in_block: u64, wait: Wait) -> Result<bool> {
         if given.holds == Holds::Zero || writer.breaks(BrokenRule::StaleSpace) {
-            return Ok(());
+            return Ok(true);
+        }
+        if wait == Wait::AtOnce {
+            return Ok(false);
         }
         let _phase = enter(Phase::Payload);
         let data = given.range.start + in_block..given.range.start + in_block + (range.end - range.start);
@@ -403,7 +396,7 @@ impl Shared {
                 zeroed.map_err(|error| Error::io(format!("cannot zero the new block at {start:#x}"), error))?;
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Pins the pages of the block's bitmap; with a new bitmap block where its chunk has none. False when busy.

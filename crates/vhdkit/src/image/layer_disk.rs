@@ -3,16 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::at_once::Beneath;
-use super::bitmap::{self, BitmapKey};
 use super::device::{AtOnce, BlockDevice, Extent, VisitExtent, check_range};
 use super::layer::Layer;
-use super::{Image, bat, extents};
+use super::{Beneath, Image, extents};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::bat::PayloadState;
 use crate::format::guid::Guid;
 use crate::storage::Storage;
-use crate::units::GuestOffset;
 
 /// A layer of an image as a disk of its own, for reading: what it leaves to its parent is a hole and reads as zero. For
 /// incremental backups, and for looking at what a checkpoint changed.
@@ -54,47 +50,6 @@ impl LayerDisk {
         let missing = || Error::new(ErrorKind::InvalidArgument, format!("the chain has no layer {depth}"));
         self.image.layers().get(depth).ok_or_else(missing)
     }
-
-    /// Reads inside one block; what is not here reads as zero.
-    fn read_block(layer: &Layer, buf: &mut [u8], offset: u64) -> Result<()> {
-        let geometry = layer.geometry();
-        let block = geometry.block_of(GuestOffset(offset));
-        let entry = layer.bat().payload(block, layer.rules(), layer.view())?;
-        let at = |offset| entry.file_offset().0 + geometry.offset_in_block(GuestOffset(offset));
-        match entry.payload_state() {
-            Some(PayloadState::FullyPresent) => return layer.view().read_at(buf, at(offset)),
-            Some(PayloadState::PartiallyPresent) => {}
-            _ => {
-                buf.fill(0);
-                return Ok(());
-            }
-        }
-        let chunk = geometry.chunk_of(block);
-        let stored = layer.bat().bitmap(chunk, layer.rules(), layer.view())?;
-        if stored.0 == 0 {
-            return Err(Error::from_finding(&layer.rules().bitmap_missing(block)));
-        }
-        let sector = geometry.logical_sector_size();
-        let (mut rest, mut offset) = (buf, offset);
-        while !rest.is_empty() {
-            let bit = geometry.bitmap_bit(GuestOffset(offset));
-            let key = BitmapKey { chunk, page: bit / bitmap::PAGE_BITS };
-            let page = layer.bitmaps().page(key, bat::bitmap_page_offset(stored, key.page), layer.view())?;
-            let in_sector = offset % sector;
-            let sectors = (in_sector + rest.len() as u64).div_ceil(sector);
-            let (here, count) = bitmap::bit_run(&page, bit % bitmap::PAGE_BITS, sectors);
-            let length = usize::try_from(count * sector - in_sector).unwrap_or(usize::MAX).min(rest.len());
-            let (part, tail) = rest.split_at_mut(length);
-            if here {
-                layer.view().read_at(part, at(offset))?;
-            } else {
-                part.fill(0);
-            }
-            offset += length as u64; // stays inside the block
-            rest = tail;
-        }
-        Ok(())
-    }
 }
 
 impl BlockDevice for LayerDisk {
@@ -127,20 +82,9 @@ impl BlockDevice for LayerDisk {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let layer = self.layer()?;
-        let geometry = layer.geometry();
-        check_range(offset, buf.len() as u64, geometry.disk_size())?;
+        check_range(offset, buf.len() as u64, self.size())?;
         let _inside = self.image.shared.gate.enter();
-        let (mut rest, mut offset) = (buf, offset);
-        while !rest.is_empty() {
-            let left = geometry.block_size() - geometry.offset_in_block(GuestOffset(offset));
-            let (part, tail) = rest.split_at_mut(usize::try_from(left).unwrap_or(usize::MAX).min(rest.len()));
-            let length = part.len() as u64;
-            Self::read_block(layer, part, offset).map_err(|error| layer.name_error(error))?;
-            offset += length; // does not pass the end of the disk
-            rest = tail;
-        }
-        Ok(())
+        self.image.shared.read_layer(self.depth, Beneath::No, buf, offset)
     }
 
     fn read_at_once(&self, buf: &mut [u8], offset: u64) -> Result<AtOnce> {

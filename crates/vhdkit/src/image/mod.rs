@@ -55,7 +55,6 @@ use crate::storage::Storage;
 use crate::sync::{AtomicUsize, Mutex, OnceLock};
 use crate::units::{BlockIndex, GuestOffset};
 use admission::Admission;
-use at_once::Beneath;
 use bitmap::BitmapKey;
 use device::check_range;
 use gate::Gate;
@@ -87,6 +86,14 @@ struct Shared {
     turning: Mutex<()>,
     /// Plans that were made before there was a writer.
     loose_plans: AtomicUsize,
+}
+
+/// Whether what a layer leaves to its parent is looked for there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Beneath {
+    Yes,
+    /// It reads as zero: the layer by itself.
+    No,
 }
 
 impl Image {
@@ -283,7 +290,7 @@ impl Shared {
     }
 
     /// Reads from a layer and what lies beneath it.
-    fn read_layer(&self, depth: usize, buf: &mut [u8], offset: u64) -> Result<()> {
+    fn read_layer(&self, depth: usize, beneath: Beneath, buf: &mut [u8], offset: u64) -> Result<()> {
         let Some(layer) = self.layers.get(depth) else {
             buf.fill(0);
             return Ok(());
@@ -299,7 +306,7 @@ impl Shared {
             let left = usize::try_from(geometry.block_size() - in_block).unwrap_or(usize::MAX);
             let (part, tail) = rest.split_at_mut(left.min(rest.len()));
             let length = part.len() as u64;
-            self.read_block(depth, layer, part, offset).map_err(|error| layer.name_error(error))?;
+            self.read_block((depth, beneath), layer, part, offset).map_err(|error| layer.name_error(error))?;
             offset += length; // does not pass the end of the disk
             rest = tail;
         }
@@ -308,7 +315,7 @@ impl Shared {
 
     /// Reads inside one block.
     #[inline]
-    fn read_block(&self, depth: usize, layer: &Layer, buf: &mut [u8], offset: u64) -> Result<()> {
+    fn read_block(&self, at: (usize, Beneath), layer: &Layer, buf: &mut [u8], offset: u64) -> Result<()> {
         let geometry = layer.geometry();
         let block = geometry.block_of(GuestOffset(offset));
         let entry = layer.bat().payload(block, layer.rules(), layer.view())?;
@@ -317,8 +324,8 @@ impl Shared {
                 // The block lies inside the file, as far as the disk reaches: judged when its page was loaded.
                 layer.view().read_at(buf, entry.file_offset().0 + geometry.offset_in_block(GuestOffset(offset)))
             }
-            Some(PayloadState::PartiallyPresent) => self.read_partial(depth, layer, entry, buf, offset),
-            Some(PayloadState::NotPresent) if geometry.is_differencing() => self.read_parent(depth, layer, buf, offset),
+            Some(PayloadState::PartiallyPresent) => self.read_partial(at, layer, entry, buf, offset),
+            Some(PayloadState::NotPresent) if geometry.is_differencing() => self.read_parent(at, layer, buf, offset),
             _ => {
                 buf.fill(0);
                 Ok(())
@@ -326,15 +333,32 @@ impl Shared {
         }
     }
 
-    fn read_parent(&self, depth: usize, layer: &Layer, buf: &mut [u8], offset: u64) -> Result<()> {
+    fn read_parent(
+        &self,
+        (depth, beneath): (usize, Beneath),
+        layer: &Layer,
+        buf: &mut [u8],
+        offset: u64,
+    ) -> Result<()> {
+        if beneath == Beneath::No {
+            buf.fill(0);
+            return Ok(());
+        }
         if self.parents_missing && depth + 1 == self.layers.len() {
             return Err(layer.parent_missing(offset));
         }
-        self.read_layer(depth + 1, buf, offset)
+        self.read_layer(depth + 1, beneath, buf, offset)
     }
 
     /// Reads inside a partially present block: runs of sectors from here, runs from the parent.
-    fn read_partial(&self, depth: usize, layer: &Layer, entry: BatEntry, buf: &mut [u8], offset: u64) -> Result<()> {
+    fn read_partial(
+        &self,
+        at: (usize, Beneath),
+        layer: &Layer,
+        entry: BatEntry,
+        buf: &mut [u8],
+        offset: u64,
+    ) -> Result<()> {
         let geometry = layer.geometry();
         let block = geometry.block_of(GuestOffset(offset));
         let bitmap = layer.bat().bitmap(geometry.chunk_of(block), layer.rules(), layer.view())?;
@@ -353,10 +377,10 @@ impl Shared {
             let length = usize::try_from(count * sector - in_sector).unwrap_or(usize::MAX).min(rest.len());
             let (part, tail) = rest.split_at_mut(length);
             if here {
-                let at = entry.file_offset().0 + geometry.offset_in_block(GuestOffset(offset));
-                layer.view().read_at(part, at)?;
+                let place = entry.file_offset().0 + geometry.offset_in_block(GuestOffset(offset));
+                layer.view().read_at(part, place)?;
             } else {
-                self.read_parent(depth, layer, part, offset)?;
+                self.read_parent(at, layer, part, offset)?;
             }
             offset += length as u64; // stays inside the block
             rest = tail;
@@ -405,9 +429,9 @@ impl BlockDevice for Image {
         // Most reads lie inside one block; the disk reaches as far as the range was checked to.
         let left = geometry.block_size() - geometry.offset_in_block(GuestOffset(offset));
         if buf.len() as u64 <= left && !buf.is_empty() {
-            return shared.read_block(0, layer, buf, offset).map_err(|error| layer.name_error(error));
+            return shared.read_block((0, Beneath::Yes), layer, buf, offset).map_err(|error| layer.name_error(error));
         }
-        shared.read_layer(0, buf, offset)
+        shared.read_layer(0, Beneath::Yes, buf, offset)
     }
 
     #[inline]

@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use super::Shared;
 use super::change::Change;
 use super::device::check_range;
 use super::simulation::{Phase, enter};
 use super::tokens::Wait;
 use super::writer::{Writer, read_only};
+use super::{Beneath, Shared};
 use crate::error::{Error, Result};
 use crate::format::bat::PayloadState;
 use crate::units::{BlockIndex, GuestOffset};
@@ -208,7 +208,7 @@ impl Shared {
     /// The bytes of a sector: what the disk holds, with the payload over it.
     fn fill_sector(&self, payload: Payload<'_>, range: &Range<u64>, start: u64, sector: u64) -> Result<Vec<u8>> {
         let mut bytes = vec![0; usize::try_from(sector).unwrap_or(usize::MAX)];
-        self.read_layer(0, &mut bytes, start)?;
+        self.read_layer(0, Beneath::Yes, &mut bytes, start)?;
         let skip = usize::try_from(range.start - start).unwrap_or(usize::MAX);
         let length = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
         if let Some(target) = bytes.get_mut(skip..skip + length) {
