@@ -173,8 +173,12 @@ pub(crate) struct Established {
     receiver: Receiver,
 }
 
-/// Does the handshake, within its time.
-pub(crate) fn shake_hands(common: &Common, stream: &Arc<Stream>) -> Result<Option<Established>, End> {
+/// Does the handshake, within its time. `keeps_place` is asked before a client is told that it is let in.
+pub(crate) fn shake_hands(
+    common: &Common,
+    stream: &Arc<Stream>,
+    keeps_place: &dyn Fn() -> bool,
+) -> Result<Option<Established>, End> {
     let deadline = Instant::now() + common.handshake_time;
     let hurry = || {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -192,6 +196,9 @@ pub(crate) fn shake_hands(common: &Common, stream: &Arc<Stream>) -> Result<Optio
     loop {
         let (used, progress) = handshake.advance(&input, &mut output);
         input.drain(..used);
+        if matches!(progress, Progress::Transmission(_)) && !keeps_place() {
+            return Ok(None);
+        }
         send_hurried(&channel, &output, &hurry)?;
         output.clear();
         match progress {

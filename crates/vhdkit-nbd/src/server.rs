@@ -401,13 +401,14 @@ impl Registered {
 fn converse(common: &Arc<Common>, registered: &Registered, stream: &Arc<Stream>) {
     let id = registered.id;
     let count = |more: Totals| common.counters.add(&more);
-    let established = stream.prepare().map_err(End::from).and_then(|()| shake_hands(common, stream));
+    let established =
+        stream.prepare().map_err(End::from).and_then(|()| shake_hands(common, stream, &|| registered.established()));
     let end = match established {
-        Ok(Some(established)) if registered.established() => {
+        Ok(Some(established)) => {
             tracing::debug!(connection = id, "connected");
             Connection::new(Arc::clone(common), id, established).run()
         }
-        Ok(_) => {
+        Ok(None) => {
             tracing::debug!(connection = id, "went without a request");
             return stream.shutdown(Shutdown::Both);
         }
