@@ -317,7 +317,8 @@ impl Connection {
         Self { session: Arc::new(session), judge, input, output, totals: Totals::default(), together: 0 }
     }
 
-    /// Serves until the client goes. What it asked for is done and answered before this returns.
+    /// Serves until the client goes. What it asked for is done and answered before this returns, but for work of many steps,
+    /// which ends early unless the client said that it goes.
     pub(crate) fn run(&mut self) -> End {
         let (said_so, end) = match self.serve() {
             Ok(Leave::SaidSo) => (true, End::Regular),
@@ -719,34 +720,61 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads with no more memory than the output has, waiting for the medium. A part that fails ends the connection where
-    /// nothing else can be said any more.
+    /// Reads with no more memory than the output has, waiting for the medium.
     fn read_here(&mut self, to: To, offset: u64, length: u32, whole: bool) -> Result<(), End> {
-        let in_parts = to.mode != Mode::Simple && !whole;
-        let (end, mut position) = (offset + u64::from(length), offset); // lies on the disk
+        let end = offset + u64::from(length); // lies on the disk
+        if to.mode == Mode::Simple || whole {
+            return self.read_under_one_head(to, offset, end);
+        }
+        let mut position = offset;
         while position < end {
-            let part = u32::try_from((end - position).min(PART_BYTES as u64)).unwrap_or(u32::MAX);
-            let count = usize::try_from(part).unwrap_or(usize::MAX);
-            let stop = position + u64::from(part);
-            self.make_room(HEAD_BYTES_MAX + count)?;
-            let has_head = in_parts || position == offset;
-            let start = self.output.used + if has_head { to.data_head_bytes() } else { 0 };
-            let Some(data) = self.output.bytes.get_mut(start..start + count) else { break };
-            if let Err(error) = self.session.device().read_at(data, position) {
-                let error = self.failed("read", position, &error);
-                if has_head {
-                    return self.refuse(to, error);
-                }
-                return Err(End::Broken(io::Error::other("a read failed after a part of it was sent")));
+            let stop = end.min(position + PART_BYTES as u64);
+            let part = u32::try_from(stop - position).unwrap_or(u32::MAX);
+            if let Err(error) = self.read_piece(to.data_head_bytes(), position, stop)? {
+                return self.refuse(to, error);
             }
-            if has_head && in_parts {
-                to.data_head(position, part, stop == end, &mut self.output);
-            } else if has_head {
-                to.data_head(offset, length, true, &mut self.output);
-            }
-            self.output.used += count;
+            to.data_head(position, part, stop == end, &mut self.output);
+            self.output.used += usize::try_from(part).unwrap_or(usize::MAX);
             position = stop;
         }
         Ok(())
+    }
+
+    /// The same for a reply that has one head for all its data: until the last byte has gone, nothing else may be sent. So
+    /// everything else is sent before, and as only this thread makes requests, nothing comes up meanwhile.
+    fn read_under_one_head(&mut self, to: To, offset: u64, end: u64) -> Result<(), End> {
+        self.flush()?;
+        self.session.flight.wait_for_all();
+        self.session.outgoing.wait_until_idle();
+        let mut position = offset;
+        while position < end {
+            let stop = end.min(position + PART_BYTES as u64);
+            let head = if position == offset { to.data_head_bytes() } else { 0 };
+            match self.read_piece(head, position, stop)? {
+                Ok(()) => {}
+                Err(error) if position == offset => return self.refuse(to, error),
+                Err(_) => {
+                    // Whatever came now would be taken for data.
+                    self.session.outgoing.give_up();
+                    return Err(End::Broken(io::Error::other("a read failed after a part of it was sent")));
+                }
+            }
+            if position == offset {
+                to.data_head(offset, u32::try_from(end - offset).unwrap_or(u32::MAX), true, &mut self.output);
+            }
+            self.output.used += usize::try_from(stop - position).unwrap_or(usize::MAX);
+            position = stop;
+        }
+        Ok(self.flush()?)
+    }
+
+    /// Reads a piece of the disk into the output, behind room for a head.
+    fn read_piece(&mut self, head: usize, start: u64, stop: u64) -> Result<Result<(), Errno>, End> {
+        let count = usize::try_from(stop - start).unwrap_or(usize::MAX);
+        self.make_room(HEAD_BYTES_MAX + count)?;
+        let from = self.output.used + head;
+        let data = self.output.bytes.get_mut(from..from + count).unwrap_or_default(); // there is room now
+        let read = self.session.device().read_at(data, start);
+        Ok(read.map_err(|error| self.failed("read", start, &error)))
     }
 }

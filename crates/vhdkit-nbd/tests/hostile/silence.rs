@@ -272,3 +272,44 @@ fn answers_that_nobody_takes_end_with_the_time_of_the_handshake() {
     drop(held);
     siege.end(LITTLE);
 }
+
+/// When others hold all the memory that there is, a connection's own thread reads what is large, in pieces. No other reply of
+/// the same client may come between them.
+#[test]
+fn large_reads_without_memory_are_not_mixed_with_other_replies() {
+    let siege = Siege::with(Options { connections_max: 256, ..Options::default() });
+    let bytes = pattern(9, 32 * MIB as usize);
+    let mut writer = siege.server.begin(Mode::Simple);
+    writer.write(0, &bytes).unwrap();
+    writer.disconnect().unwrap();
+    let mut deaf = Vec::new();
+    for length in [32 * MIB, 4 * MIB] {
+        let mut disk = siege.server.begin(Mode::Simple);
+        disk.send(Request::read(0, length)).unwrap();
+        deaf.push(disk);
+    }
+    let stalled = || (siege.server.handle.totals().stalls == 2).then_some(());
+    assert!(connect::wait_for(PATIENCE, stalled).is_some(), "the memory is taken");
+    for (mode, flags) in [(Mode::Simple, 0), (Mode::Structured, flag::DF), (Mode::Extended, flag::DF)] {
+        let mut disk = siege.server.begin(mode);
+        for _ in 0..6 {
+            let mut expected = std::collections::BTreeMap::new();
+            for index in 0..12 {
+                // Among large ones that are read here, small ones that workers read and write.
+                let (offset, length) = (index * MIB, if index % 4 == 3 { 4096 } else { 512 << 10 });
+                let cookie = disk.send(Request::read(offset, length).with_flags(flags)).unwrap();
+                expected.insert(cookie, &bytes[offset as usize..][..length as usize]);
+                let _flush = disk.send(Request::flush()).unwrap();
+            }
+            for _ in 0..24 {
+                let reply = disk.receive().unwrap().successful().unwrap();
+                if let Some(bytes) = expected.remove(&reply.cookie) {
+                    assert!(reply.data() == bytes, "{mode:?} {}", reply.outline());
+                }
+            }
+            assert!(expected.is_empty());
+        }
+    }
+    drop(deaf);
+    siege.end(BOUND);
+}
