@@ -210,8 +210,15 @@ class Load:
         else:
             handle.aio_trim(length, offset, completion=done, flags=flags)
 
+    def lost(self, handle):
+        """Whether the server has gone: such a handle takes no command any more."""
+        return handle.aio_is_dead() or handle.aio_is_closed()
+
     def step(self):
         handle = self.rng.choice(self.handles)
+        if self.lost(handle):
+            self.gone = True
+            return
         if self.rng.random() < 0.06:
             self.flush(handle)
         else:
@@ -219,7 +226,7 @@ class Load:
 
     def wait(self):
         """Lets the connections move."""
-        if any(handle.aio_is_dead() or handle.aio_is_closed() for handle in self.handles):
+        if any(self.lost(handle) for handle in self.handles):
             self.gone = True
             return
         poll = select.poll()
