@@ -77,6 +77,24 @@ impl ParentLocator {
         Self { pairs, linkage: Some(linkage), linkage2: None }
     }
 
+    /// The same locator that accepts this identity of its parent, and no other.
+    #[must_use]
+    pub fn with_linkage(&self, linkage: Guid) -> Self {
+        let named = [KEY_LINKAGE, KEY_LINKAGE2];
+        let mut pairs = vec![(KEY_LINKAGE.to_owned(), format!("{{{linkage}}}"))];
+        pairs.extend(self.pairs.iter().filter(|(key, _)| !named.contains(&key.as_str())).cloned());
+        Self { pairs, linkage: Some(linkage), linkage2: None }
+    }
+
+    /// The same locator that also accepts another identity, as merges need it ([MS-VHDX] 2.6.2.6, `parent_linkage2`).
+    #[must_use]
+    pub fn with_linkage2(&self, linkage2: Guid) -> Self {
+        let mut pairs: Vec<(String, String)> =
+            self.pairs.iter().filter(|(key, _)| key != KEY_LINKAGE2).cloned().collect();
+        pairs.push((KEY_LINKAGE2.to_owned(), format!("{{{linkage2}}}")));
+        Self { pairs, linkage: self.linkage, linkage2: Some(linkage2) }
+    }
+
     /// The value of a key; keys are case-sensitive.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&str> {

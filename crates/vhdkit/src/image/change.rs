@@ -500,7 +500,7 @@ impl Shared {
 
     /// Makes the file longer if `wanted` still says so, given its length. False when that means waiting and the caller must
     /// not.
-    fn grow(&self, writer: &Writer, wait: Wait, wanted: impl Fn(u64) -> Option<u64>) -> Result<bool> {
+    pub(super) fn grow(&self, writer: &Writer, wait: Wait, wanted: impl Fn(u64) -> Option<u64>) -> Result<bool> {
         let _growing = match wait {
             Wait::Yes => writer.growth.lock().unwrap_or_else(PoisonError::into_inner),
             Wait::No | Wait::AtOnce => match writer.growth.try_lock() {
@@ -613,7 +613,7 @@ impl Shared {
     }
 
     /// Changes an entry of the BAT in memory; its page is pinned.
-    fn set_entry(&self, meta: &mut Meta, index: BatIndex, state: u64, file_offset: u64) {
+    pub(super) fn set_entry(&self, meta: &mut Meta, index: BatIndex, state: u64, file_offset: u64) {
         let entry = BatEntry::new(state, FileOffset(file_offset));
         match self.top().bat().set(index, entry) {
             Ok(page) => {
@@ -693,6 +693,6 @@ impl Shared {
     }
 }
 
-fn give_back(meta: &mut Meta, given: &Given) {
+pub(super) fn give_back(meta: &mut Meta, given: &Given) {
     meta.space.give_back(&given.range);
 }

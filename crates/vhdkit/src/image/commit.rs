@@ -79,6 +79,11 @@ impl Commit {
         }
     }
 
+    /// The log that would be opened next is somewhere else now.
+    pub(super) fn forget_spare_ring(&mut self) {
+        self.spare_ring = None;
+    }
+
     /// Makes room in the log for so many pages in the next entry, and some to spare. Gives how many it is enough for.
     pub(super) fn make_room(&mut self, storage: &Arc<dyn Storage>, pages: u64) -> Result<u64> {
         let header = self.headers.current();
@@ -218,7 +223,7 @@ impl Shared {
         let keys = meta.take_dirty();
         let mut taken = Taken { ticket, last_file_offset: meta.space.high(), ..Taken::default() };
         for key in keys {
-            let Some(page) = self.image(key) else {
+            let Some(page) = self.image(&meta, key) else {
                 drop(meta);
                 let what = format!("the page {key:?} is not fit to be written");
                 return Err(writer.poison(Error::new(ErrorKind::Corrupt, what)));
@@ -230,7 +235,7 @@ impl Shared {
     }
 
     /// The image of a page in memory.
-    fn image(&self, key: PageKey) -> Option<TakenPage> {
+    fn image(&self, meta: &Meta, key: PageKey) -> Option<TakenPage> {
         let layer = self.top();
         match key {
             PageKey::Bat(number) => {
@@ -238,6 +243,7 @@ impl Shared {
                 let bytes = Arc::new(layer.bat().page_bytes(number)?);
                 Some(TakenPage { key, file_offset, bytes })
             }
+            PageKey::Raw(file_offset) => Some(TakenPage { key, file_offset, bytes: meta.raw(file_offset)? }),
             PageKey::Bitmap(bitmap) => {
                 let entry = layer.bat().bitmap(bitmap.chunk, layer.rules(), layer.view()).ok()?;
                 let file_offset = bitmap_page_offset(entry, bitmap.page).0;
@@ -249,7 +255,7 @@ impl Shared {
     /// For the simulator: everything that is dirty now as well.
     fn images_now(&self, writer: &Writer, mut pages: Vec<TakenPage>) -> Vec<TakenPage> {
         let meta = writer.meta();
-        for page in meta.dirty_keys().filter_map(|key| self.image(key)) {
+        for page in meta.dirty_keys().filter_map(|key| self.image(&meta, key)) {
             pages.retain(|older| older.key != page.key);
             self.pin(&page);
             pages.push(page);

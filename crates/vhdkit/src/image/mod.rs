@@ -2,7 +2,7 @@
 
 mod admission;
 mod at_once;
-mod bat;
+pub(crate) mod bat;
 mod bitmap;
 mod change;
 mod commit;
@@ -21,12 +21,13 @@ mod raw;
 pub(crate) mod replay;
 mod ring;
 pub(crate) mod scan;
-mod session;
+pub(crate) mod session;
 #[cfg(feature = "simulation")]
 pub mod simulation;
 #[cfg(not(feature = "simulation"))]
 mod simulation;
-mod space;
+pub(crate) mod space;
+pub(crate) mod structure;
 mod tokens;
 mod view;
 mod write;
@@ -147,6 +148,17 @@ impl Image {
         let size = layers.first().map_or(0, |layer| layer.geometry().disk_size());
         check_range(range.start, range.end.saturating_sub(range.start), size)?;
         extents::visit_chain(layers, false, range, &mut |extent| visit(&Extent { layer, ..*extent }))
+    }
+
+    /// Visits what the first `depth` layers say about a range: what they leave to the layers below is a hole.
+    pub(crate) fn visit_upper_extents(
+        &self,
+        depth: usize,
+        range: Range<u64>,
+        visit: &mut VisitExtent<'_>,
+    ) -> Result<()> {
+        let layers = self.shared.layers.get(..depth).unwrap_or_default();
+        extents::visit_chain(layers, false, range, visit)
     }
 
     /// Plans a read of whole sectors: where the bytes are from the start of the range to the end of that block at most.

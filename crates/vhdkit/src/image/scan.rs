@@ -87,6 +87,28 @@ impl Marks {
         })
     }
 
+    /// How many MiB are marked.
+    pub(crate) fn count(&self) -> u64 {
+        self.0.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// Where the last mark below a MiB ends.
+    pub(crate) fn end_below(&self, limit: u64) -> u64 {
+        let words = self.0.iter().enumerate().rev();
+        for (index, word) in words {
+            let first = index as u64 * 64;
+            if first >= limit {
+                continue;
+            }
+            let bits = (limit - first).min(64);
+            let word = word & (u64::MAX >> (64 - bits));
+            if word != 0 {
+                return first + 64 - u64::from(word.leading_zeros());
+            }
+        }
+        0
+    }
+
     /// Makes room for marks up to a MiB.
     fn reach(&mut self, end: u64) {
         let words = usize::try_from(end.div_ceil(64)).unwrap_or(usize::MAX); // files end below 2^63: at most 2^37 bytes
@@ -111,7 +133,7 @@ impl Marks {
             } else {
                 position += u64::from(word.trailing_zeros()).min(left);
             }
-            if position.min(until) - start.min(position) >= length {
+            if position.min(until).saturating_sub(start) >= length {
                 return Some(start);
             }
         }

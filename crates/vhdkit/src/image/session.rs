@@ -23,17 +23,26 @@ const HOLE_MIN: u64 = 1 << 20;
 /// Longer than anybody waits; longer ones than the clock can count would overflow.
 const WAIT_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
-/// Whether a session is about to change what the guest sees.
+/// What becomes of the data write GUID when a session starts ([MS-VHDX] 2.2.2: it changes with what the guest sees).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Visible {
-    Yes,
-    No,
+pub(crate) enum Identity {
+    /// The guest will see something else: a new one.
+    New,
+    /// The guest will see the same: it stays.
+    Kept,
+    /// As `New`, with one that was announced to the children before.
+    Given(Guid),
 }
 
 impl Shared {
     /// Makes sure that the session has started: new write GUIDs in both headers, a dirty log replayed in place. False when
     /// it would have to wait and must not.
     pub(super) fn start(&self, writer: &Writer, wait: Wait) -> Result<bool> {
+        self.start_as(writer, wait, Identity::New)
+    }
+
+    /// The same with an identity. In a session that has started already nothing happens.
+    pub(super) fn start_as(&self, writer: &Writer, wait: Wait, identity: Identity) -> Result<bool> {
         if writer.started.load(Ordering::SeqCst) {
             return Ok(true);
         }
@@ -42,7 +51,7 @@ impl Shared {
             return Err(error);
         }
         if !writer.started.load(Ordering::SeqCst) {
-            self.start_locked(writer, &mut commit, Visible::Yes)?;
+            self.start_locked(writer, &mut commit, identity)?;
             writer.set_room(commit.make_room(self.storage(), 1)?);
             writer.started.store(true, Ordering::SeqCst);
             writer.set_ready(writer.mode() == Mode::Writable);
@@ -50,10 +59,15 @@ impl Shared {
         Ok(true)
     }
 
-    fn start_locked(&self, writer: &Writer, commit: &mut Commit, visible: Visible) -> Result<()> {
+    fn start_locked(&self, writer: &Writer, commit: &mut Commit, identity: Identity) -> Result<()> {
         let _phase = enter(Phase::Start);
         let late = writer.breaks(BrokenRule::DataGuidLate);
-        let data_write_guid = (visible == Visible::Yes && !late).then(Guid::random);
+        let data_write_guid = match identity {
+            Identity::New if late => None,
+            Identity::New => Some(Guid::random()),
+            Identity::Kept => None,
+            Identity::Given(guid) => Some(guid),
+        };
         let old = commit.headers.current().file_write_guid;
         let file_write_guid = if writer.breaks(BrokenRule::FileGuidKept) { old } else { Guid::random() };
         if commit.headers.current().is_dirty() {
@@ -148,7 +162,7 @@ impl Shared {
         if !commit.headers.current().is_dirty() || writer.started.load(Ordering::SeqCst) {
             return Ok(None);
         }
-        self.start_locked(writer, &mut commit, Visible::No)?;
+        self.start_locked(writer, &mut commit, Identity::Kept)?;
         // The file write GUID is new; a visible change later still needs a new data write GUID, which a session that
         // starts then gives it.
         Ok(self.top().replay().cloned())
@@ -224,15 +238,16 @@ impl Shared {
     }
 
     /// Cuts the file behind the last thing that is owned. Fixed images stay as long as they are.
-    fn cut(&self, writer: &Writer) -> Result<()> {
-        if writer.is_fixed {
+    pub(super) fn cut(&self, writer: &Writer) -> Result<()> {
+        let cuts = writer.cuts.load(Ordering::SeqCst);
+        if writer.is_fixed && !cuts {
             return Ok(());
         }
         let (end, has_moved) = {
             let meta = writer.meta();
             (meta.space.used_end(), meta.space.has_moved())
         };
-        if !has_moved || end >= self.view().physical_size() {
+        if !(has_moved || cuts) || end >= self.view().physical_size() {
             return Ok(()); // what trails behind is somebody else's
         }
         let cut = self.storage().set_len(end);

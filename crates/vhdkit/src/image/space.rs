@@ -78,6 +78,46 @@ impl Space {
         }
     }
 
+    /// Takes so many bytes in one piece, of any length: the lowest there are, also where the file has not grown beyond.
+    /// With `before`, only what ends at or before that file offset.
+    pub(crate) fn take_run(&mut self, bytes: u64, before: Option<u64>) -> Option<Given> {
+        let length = bytes.div_ceil(MIB);
+        let limit = before.map_or(self.end, |before| (before / MIB).min(self.end));
+        let stale_end = self.zero_from.min(limit);
+        if let Some(start) = self.owned.find_free(0, stale_end, length) {
+            return Some(self.give(start, length, Holds::Stale));
+        }
+        let start = self.zero_from;
+        if start + length > limit {
+            return None;
+        }
+        self.zero_from = start + length;
+        Some(self.give(start, length, Holds::Zero))
+    }
+
+    /// Whether so many bytes are free in one piece that ends at or before a file offset.
+    pub(crate) fn has_run(&self, bytes: u64, before: u64) -> bool {
+        let length = bytes.div_ceil(MIB);
+        let limit = (before / MIB).min(self.end);
+        self.owned.find_free(0, self.zero_from.min(limit), length).is_some() || self.zero_from + length <= limit
+    }
+
+    /// Bytes that something owns.
+    pub(crate) fn owned_bytes(&self) -> u64 {
+        self.owned.count() * MIB
+    }
+
+    /// Where the last owned MiB below a file offset ends.
+    pub(crate) fn used_end_below(&self, offset: u64) -> u64 {
+        self.owned.end_below(offset / MIB) * MIB
+    }
+
+    /// How long the file has to be, in bytes, so that so many more can be taken at its end; `None` when it is that long.
+    pub(crate) fn end_wanted(&self, bytes: u64) -> Option<u64> {
+        let end = self.zero_from + bytes.div_ceil(MIB); // files end below 2^63
+        (end > self.end).then_some(end * MIB)
+    }
+
     fn set_hint(&mut self, which: usize, value: u64) {
         if let Some(hint) = self.hints.get_mut(which) {
             *hint = value;

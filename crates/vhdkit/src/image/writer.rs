@@ -38,6 +38,8 @@ pub(super) enum PageKey {
     Bat(u64),
     /// A page of a sector bitmap.
     Bitmap(BitmapKey),
+    /// Any other page of metadata, by file offset.
+    Raw(u64),
 }
 
 /// The pages that changing a block can touch: its page of the BAT, and in a differencing disk those of the sector bitmap.
@@ -101,6 +103,8 @@ pub(super) struct Meta {
     /// Where blocks begin that plans were given up over whose I/O may still come: such a place is not given to another.
     pub(super) abandoned: BTreeSet<u64>,
     pub(super) new_bitmaps: HashMap<ChunkIndex, NewBitmap>,
+    /// Pages that are neither BAT nor bitmap, by file offset.
+    raw: BTreeMap<u64, Arc<PageBytes>>,
     /// So many wait for pages: waking nobody is a system call too.
     waiting: usize,
 }
@@ -122,6 +126,17 @@ impl Meta {
         page.dirty = true;
         self.dirty += usize::from(new);
         new
+    }
+
+    /// Changes a page that is neither BAT nor bitmap.
+    pub(super) fn set_raw(&mut self, file_offset: u64, bytes: PageBytes) {
+        self.raw.insert(file_offset, Arc::new(bytes));
+        self.mark_dirty(PageKey::Raw(file_offset));
+    }
+
+    /// A page that is neither BAT nor bitmap, as it was changed last.
+    pub(super) fn raw(&self, file_offset: u64) -> Option<Arc<PageBytes>> {
+        self.raw.get(&file_offset).map(Arc::clone)
     }
 
     /// Pages that are dirty or reserved.
@@ -208,6 +223,8 @@ pub(super) struct Writer {
     /// Pages that the next entry holds without meeting a hole of the file. Written under the commit lock.
     room: AtomicU64,
     pub(super) is_fixed: bool,
+    /// The file of a fixed disk may be cut all the same.
+    pub(super) cuts: AtomicBool,
     pub(super) broken: Option<BrokenRule>,
 }
 
@@ -312,6 +329,7 @@ impl Writer {
             frees: Vec::new(),
             abandoned: BTreeSet::new(),
             new_bitmaps: HashMap::new(),
+            raw: BTreeMap::new(),
             waiting: 0,
         };
         Self {
@@ -333,6 +351,7 @@ impl Writer {
             waiting_bytes: AtomicU64::new(0),
             room: AtomicU64::new(0),
             is_fixed,
+            cuts: AtomicBool::new(false),
             broken: None,
         }
     }
@@ -487,6 +506,11 @@ impl Writer {
     /// Freed space can be used again.
     pub(super) fn given_back(&self, range: &Range<u64>) {
         self.waiting_bytes.fetch_sub(range.end - range.start, Ordering::SeqCst);
+    }
+
+    /// Pages that one entry of the log holds.
+    pub(super) fn capacity(&self) -> usize {
+        self.capacity
     }
 
     /// Bytes freed, but not given back yet.

@@ -2,13 +2,19 @@
 
 mod buffer;
 pub mod check;
+pub mod compact;
 pub mod compare;
 pub mod convert;
 pub mod create;
 pub mod dump;
+mod edit;
 mod layout;
 pub mod measure;
+pub mod merge;
+pub mod reparent;
+pub mod resize;
 mod segments;
+pub mod set;
 mod writer;
 
 use std::ops::ControlFlow;

@@ -1,0 +1,137 @@
+//! A smaller disk.
+//!
+//! ```text
+//! 1. one entry of the log: the size, and as many entries of blocks behind the new end as it holds
+//! 2. the other entries, which mean nothing by now; their space is given back
+//! ```
+
+use super::super::edit::{Placed, change_items, refused, top};
+use super::super::{Progress, advance};
+use super::{ResizeOptions, ResizeReport, first_data, size_item};
+use crate::error::Result;
+use crate::format::bat::{BITMAP_PRESENT, BatEntry};
+use crate::format::geometry::{BatSlot, Geometry};
+use crate::image::Image;
+use crate::image::bat::page_of;
+use crate::image::extents::LayerCursor;
+use crate::image::session::Identity;
+use crate::image::structure::{Edit, Transaction};
+use crate::units::{BatIndex, BlockIndex, ChunkIndex};
+
+pub(super) fn plan(
+    image: &Image,
+    geometry: &Geometry,
+    options: &ResizeOptions,
+    report: &mut ResizeReport,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let (old, new) = (report.old_size, geometry.disk_size());
+    let is_safe = options.safe_size.is_some_and(|safe| safe <= new);
+    if !is_safe {
+        report.first_data_cut = first_data(image, new..old, progress)?;
+    }
+    if let Some(offset) = report.first_data_cut.filter(|_| !options.allow_data_loss) {
+        let what = format!(
+            "a disk of {new} bytes would lose data: there are bytes that are not zero behind it, the first at {offset:#x}"
+        );
+        return Err(refused(
+            what,
+            "make partitions and file systems smaller inside the guest first, or cut all the same with --allow-data-loss",
+        ));
+    }
+    let layer = top(image)?;
+    report.blocks = layer.geometry().payload_blocks() - geometry.payload_blocks(); // it shrinks
+    Ok(())
+}
+
+pub(crate) fn run(image: &Image, geometry: &Geometry, identity: Identity, progress: &dyn Progress) -> Result<()> {
+    let edit = image.edit(identity)?;
+    let mut cleared = Cleared::new(&edit, geometry);
+    let mut transaction = Transaction::default();
+    let mut regions = edit.layer().region_table().regions.clone();
+    let placed = change_items(&edit, &mut regions, &[size_item(geometry.disk_size())], &mut transaction)?;
+    if placed == Placed::NewRegion {
+        edit.add_region_tables(&mut transaction, &regions)?;
+    }
+    cleared.add(&edit, &mut transaction)?;
+    edit.apply(transaction)?;
+    edit.commit()?;
+    image.allow_cut();
+    // The disk is small by now. What is left is space to give back.
+    while !cleared.is_done() {
+        advance(progress, cleared.next, Some(cleared.end))?;
+        let mut transaction = Transaction::default();
+        cleared.add(&edit, &mut transaction)?;
+        edit.apply(transaction)?;
+        edit.commit()?;
+    }
+    advance(progress, cleared.end, Some(cleared.end))
+}
+
+/// Entries behind the new end, which become zero.
+struct Cleared<'a> {
+    cursor: LayerCursor<'a>,
+    geometry: Geometry,
+    next: u64,
+    end: u64,
+}
+
+impl<'a> Cleared<'a> {
+    fn new(edit: &'a Edit<'_>, geometry: &Geometry) -> Self {
+        let old = edit.layer().geometry();
+        Self {
+            cursor: LayerCursor::new(edit.layer()),
+            geometry: *geometry,
+            next: geometry.payload_index(BlockIndex(geometry.payload_blocks() - 1)).0 + 1, // a disk has a block
+            end: old.bat_entries(),
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        self.next >= self.end
+    }
+
+    /// Adds as many entries as one entry of the log holds.
+    fn add(&mut self, edit: &Edit<'_>, transaction: &mut Transaction) -> Result<()> {
+        let layer = edit.layer();
+        let mut pages = transaction.pages.len();
+        let mut last_page = None;
+        while self.next < self.end {
+            let index = BatIndex(self.next);
+            let entry = self.cursor.entry(index)?;
+            let slot = layer.geometry().slot(index);
+            if entry.0 != 0 && !self.stays(slot) {
+                if last_page != Some(page_of(index)) {
+                    if pages == edit.capacity() {
+                        return Ok(());
+                    }
+                    pages += 1;
+                    last_page = Some(page_of(index));
+                }
+                transaction.entries.push((index, BatEntry(0)));
+                transaction.frees.extend(self.owned(edit, slot, entry));
+            }
+            self.next +=
+                if entry.0 == 0 { self.cursor.count_equal(index, self.end - self.next, entry)?.max(1) } else { 1 };
+        }
+        Ok(())
+    }
+
+    /// The bitmap of the last chunk that is left.
+    fn stays(&self, slot: BatSlot) -> bool {
+        match slot {
+            BatSlot::Bitmap(chunk) => chunk.0 < self.geometry.chunks() && self.geometry.is_differencing(),
+            BatSlot::Payload(_) => false,
+        }
+    }
+
+    /// The space of an entry, unless it is one that meant nothing before.
+    fn owned(&self, edit: &Edit<'_>, slot: BatSlot, entry: BatEntry) -> Option<std::ops::Range<u64>> {
+        let layer = edit.layer();
+        match slot {
+            BatSlot::Payload(block) if block.0 >= layer.geometry().payload_blocks() => None,
+            BatSlot::Bitmap(ChunkIndex(_)) if entry.state_number() != BITMAP_PRESENT => None,
+            _ => layer.rules().owned_range(slot, entry),
+        }
+    }
+}
