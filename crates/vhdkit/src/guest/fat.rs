@@ -75,6 +75,8 @@ const CLUSTERS_16: u64 = 4085;
 const CLUSTERS_32: u64 = 65525;
 /// More clusters than FAT32 can number.
 const CLUSTERS_MAX: u64 = 0x0fff_fff5;
+/// Sectors that a table may have too many of: the formula of the specification gives up to eight.
+const TABLE_SECTORS_TO_SPARE: u64 = 8;
 /// Bytes of a table that are looked at once: a multiple of 3, 2 and 4, so that no entry is cut.
 const PIECE_BYTES: u64 = 3 << 18;
 
@@ -90,6 +92,12 @@ pub(super) fn looks_like(sector: &[u8]) -> bool {
         && raw.reserved_sectors.get() > 0
         && matches!(raw.tables, 1..=4)
         && matches!(raw.media, 0xf0 | 0xf8..)
+}
+
+/// The kind that a volume seems to be, in order or not.
+pub(super) fn kind_of(window: &Window<'_>) -> Checked<VolumeKind> {
+    let sector = window.read(0, BOOT_BYTES as u64)?;
+    Fat::numbers(&parse(&sector, 0)?, &parse(&sector, size_of::<RawBoot>())?).map(|fat| fat.kind())
 }
 
 /// The width of an entry.
@@ -133,6 +141,7 @@ impl Fat {
             require(large.flags.get() & 0x80 == 0, "its tables do not mirror each other")?;
             let root = u64::from(large.root_cluster.get());
             require(root >= 2 && root - 2 < this.clusters, "its root directory lies outside of it")?;
+            this.check_copy(window, &sector, large.backup_sector.get(), u64::from(raw.bytes_per_sector.get()))?;
             let entry = window.read(this.table_offset + root * 4, 4)?;
             require(entry.iter().any(|byte| *byte != 0), "its root directory is marked as free")?;
         }
@@ -175,6 +184,9 @@ impl Fat {
             Width::ThirtyTwo => entries * 4,
         };
         require(needed <= table_bytes, "its table is too short for its clusters")?;
+        // Formatters round up, but not by much: a table for many more clusters speaks against the size of a cluster.
+        let rounding = needed / 4 + per_cluster.max(TABLE_SECTORS_TO_SPARE) * sector;
+        require(table_bytes <= needed + rounding, "its table is too long for its clusters")?;
         Ok(Self {
             width,
             bytes: sectors * sector,
@@ -205,6 +217,22 @@ impl Fat {
     /// Bytes of a cluster.
     pub(super) const fn cluster_bytes(&self) -> u64 {
         self.cluster
+    }
+
+    /// The copy of the boot sector of FAT32 has the same numbers.
+    fn check_copy(&self, window: &Window<'_>, sector: &[u8], copy: u16, sector_bytes: u64) -> Checked<()> {
+        const NUMBERS: [std::ops::Range<usize>; 2] = [
+            offset_of!(RawBoot, bytes_per_sector)..offset_of!(RawBoot, of_disk),
+            offset_of!(RawBoot, sectors_large)..size_of::<RawBoot>() + offset_of!(RawLarge, info_sector),
+        ];
+        let place = u64::from(copy) * sector_bytes;
+        if copy == 0 || copy == u16::MAX {
+            return Ok(()); // there is none
+        }
+        require(place < self.table_offset, "the copy of its boot sector lies outside of the reserved sectors")?;
+        let other = window.read(place, BOOT_BYTES as u64)?;
+        let same = NUMBERS.into_iter().all(|range| sector.get(range.clone()) == other.get(range));
+        require(same, "its boot sector and the copy disagree")
     }
 
     /// The first two entries stand for the medium and for the state of the volume.

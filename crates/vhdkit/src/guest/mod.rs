@@ -143,6 +143,15 @@ impl FileSystem {
         }
     }
 
+    /// The kind that a volume with a signature seems to be, in order or not.
+    fn likely(kind: VolumeKind, window: &Window<'_>) -> Checked<VolumeKind> {
+        match kind {
+            VolumeKind::Ext4 => ext::kind_of(window),
+            VolumeKind::Fat32 => fat::kind_of(window),
+            other => Ok(other),
+        }
+    }
+
     const fn kind(&self) -> VolumeKind {
         match self {
             Self::Ext(ext) => ext.kind(),
@@ -250,7 +259,11 @@ fn examine(
 /// Checks a file system from end to end.
 fn open(disk: &dyn BlockDevice, volume: &mut Volume, kind: VolumeKind, progress: &dyn Progress) -> Result<()> {
     let window = Window::new(disk, &volume.range);
-    volume.kind = kind;
+    volume.kind = match FileSystem::likely(kind, &window) {
+        Ok(likely) => likely,
+        Err(Trouble::Reason(_)) => kind,
+        Err(Trouble::Failed(error)) => return Err(error),
+    };
     let opened = FileSystem::open(kind, &window).and_then(|system| {
         volume.kind = system.kind();
         let tick = |position: u64| advance(progress, window.start().saturating_add(position), Some(disk.size()));

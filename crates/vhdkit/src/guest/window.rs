@@ -213,6 +213,10 @@ mod tests {
         all
     }
 
+    fn low(value: u64) -> u8 {
+        value.to_le_bytes()[0]
+    }
+
     #[test]
     fn runs_of_clear_bits_are_those_of_a_walk_bit_by_bit() {
         let mut state = 1_u64;
@@ -224,15 +228,15 @@ mod tests {
                         match shape % 4 {
                             0 => 0,
                             1 => 0xff,
-                            2 => (state >> 60) as u8 & 1,
-                            _ => (state >> 40) as u8,
+                            2 => low(state >> 60) & 1,
+                            _ => low(state >> 40),
                         }
                     })
                     .collect();
                 for count in [0, 1, length as u64 * 8 / 2, (length as u64 * 8).saturating_sub(3), length as u64 * 8] {
                     let mut expected: Vec<Range<u64>> = Vec::new();
                     for bit in 0..count.min(length as u64 * 8) {
-                        if bytes[bit as usize / 8] >> (bit % 8) & 1 == 1 {
+                        if bytes[usize::try_from(bit / 8).unwrap()] >> (bit % 8) & 1 == 1 {
                             continue;
                         }
                         match expected.last_mut() {

@@ -58,11 +58,7 @@ impl Ext {
 
     /// The kind that the features stand for.
     pub(super) const fn kind(&self) -> VolumeKind {
-        match self.superblock.generation {
-            Generation::Two => VolumeKind::Ext2,
-            Generation::Three => VolumeKind::Ext3,
-            Generation::Four => VolumeKind::Ext4,
-        }
+        self.superblock.generation.kind()
     }
 
     /// Bytes that the file system covers.
@@ -241,6 +237,21 @@ impl Ext {
     fn give(&self, blocks: Range<u64>, sink: &mut FreeSink<'_>) -> Checked<()> {
         let size = self.superblock.block_size;
         sink.add(blocks.start * size..blocks.end * size) // below the size of the file system
+    }
+}
+
+/// The kind that the features stand for, in order or not.
+pub(super) fn kind_of(window: &Window<'_>) -> Checked<VolumeKind> {
+    superblock::generation_of(window).map(Generation::kind)
+}
+
+impl Generation {
+    const fn kind(self) -> VolumeKind {
+        match self {
+            Self::Two => VolumeKind::Ext2,
+            Self::Three => VolumeKind::Ext3,
+            Self::Four => VolumeKind::Ext4,
+        }
     }
 }
 

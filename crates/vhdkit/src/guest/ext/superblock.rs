@@ -391,6 +391,14 @@ fn sums_of(raw: &RawSuper) -> Sums {
     }
 }
 
+/// The generation of a file system that may not be in order.
+pub(super) fn generation_of(window: &Window<'_>) -> Checked<Generation> {
+    let raw: RawSuper = window.read_struct(SUPER_OFFSET)?;
+    // Whether the journal has to be replayed says nothing of the generation.
+    let incompatible = raw.incompatible.get() & !incompatible::RECOVER;
+    Ok(generation(raw.compatible.get(), incompatible, raw.read_only_compatible.get()))
+}
+
 /// The name that the features stand for, as blkid gives it: ext4 has what ext3 does not know.
 fn generation(compatible: u32, incompatible: u32, ignorable: u32) -> Generation {
     const INCOMPATIBLE_OF_THREE: u32 = 0x2 | incompatible::META_BG;

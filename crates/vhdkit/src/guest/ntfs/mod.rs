@@ -31,6 +31,8 @@ mod file {
 const MIRRORED: u64 = 4;
 /// Clusters are at most 2 MiB.
 const CLUSTER_BYTES_MAX: u64 = 2 << 20;
+/// Most clusters that Windows makes; the format itself has room for more.
+const CLUSTERS_MAX: u64 = u32::MAX as u64;
 /// Bytes of `$Boot`, whose clusters are always in use.
 const BOOT_BYTES: u64 = 8192;
 
@@ -63,6 +65,8 @@ impl Ntfs {
         let mut this = Self::numbers(&raw)?;
         // The copy of the boot sector lies behind the last cluster.
         require(this.bytes() <= window.length(), "it is larger than what it lies in")?;
+        let copy: RawBoot = window.read_struct(this.sectors * this.sector)?; // below the size
+        require(raw.numbers() == copy.numbers(), "its boot sector and the copy behind its end disagree")?;
         let first = window.read(this.place(raw.table_cluster.get())?, this.record_bytes)?;
         let record = Record::new(first)?;
         let Some(data) = record.find(kind::DATA, "")? else { return reason("its file table has no data") };
@@ -90,7 +94,7 @@ impl Ntfs {
         require(per_cluster.is_power_of_two() && cluster <= CLUSTER_BYTES_MAX, "its cluster size is not one")?;
         let sectors = raw.sectors.get();
         let clusters = sectors / per_cluster;
-        require(clusters > 0 && sectors < 1 << 48, "its number of sectors is not one")?;
+        require(clusters > 0 && clusters <= CLUSTERS_MAX && sectors < 1 << 48, "its number of sectors is not one")?;
         require(raw.of_fat.iter().take(7).all(|byte| *byte == 0), "its boot sector has fields of another file system")?;
         let record_bytes = match raw.clusters_per_record {
             shift @ 0xe1.. => 1_u64 << (256 - u32::from(shift)),

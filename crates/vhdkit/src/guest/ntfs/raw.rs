@@ -34,6 +34,15 @@ const _: () = assert!(
         && offset_of!(RawBoot, signature) == 510
 );
 
+impl RawBoot {
+    /// The numbers that a copy has to have, too.
+    pub(super) const fn numbers(&self) -> (U16, u8, U64, U64, U64, [u8; 5]) {
+        let [a, b, c] = self.reserved;
+        let rest = [self.clusters_per_record, a, b, c, self.clusters_per_index];
+        (self.bytes_per_sector, self.sectors_per_cluster, self.sectors, self.table_cluster, self.mirror_cluster, rest)
+    }
+}
+
 /// What begins every structure whose sectors are stamped.
 #[derive(Clone, Copy, FromBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]

@@ -28,6 +28,8 @@ const VOLUME_CLEAN: u16 = 2;
 const ROOT_BYTES_MAX: u64 = 16 << 20;
 /// Bytes of an index block: 4096 everywhere but on odd volumes.
 const INDEX_BYTES: u64 = 4096;
+/// Most entries for one name: more than one are left in blocks that are not in use.
+const HIBERNATION_FILES_MAX: usize = 64;
 /// `flags` of an index entry: it is the last, and has no name.
 const ENTRY_LAST: u32 = 2;
 
@@ -118,6 +120,7 @@ fn hibernation(ntfs: &Ntfs, window: &Window<'_>) -> Checked<()> {
             }
         }
     }
+    require(files.len() <= HIBERNATION_FILES_MAX, "its root directory is damaged")?;
     for reference in files {
         awake(ntfs, window, reference)?;
     }
