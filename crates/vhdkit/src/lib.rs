@@ -62,6 +62,7 @@
 
 pub mod error;
 pub mod format;
+pub mod guest;
 pub mod image;
 pub mod ops;
 pub mod storage;
