@@ -1,6 +1,7 @@
 //! Work on whole images: create, convert, measure and compare.
 
 mod buffer;
+pub mod chain;
 pub mod check;
 pub mod compare;
 pub mod convert;

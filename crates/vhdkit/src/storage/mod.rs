@@ -23,6 +23,7 @@ use crate::error::Result;
 
 pub use file::{FileAccess, FileKind, FileStorage, Sharing};
 pub use filesystem::FileSystem;
+pub(crate) use lock::is_locked_elsewhere;
 pub use lock::{LockKind, LockMode, LockReport, is_open_elsewhere};
 pub use memory::MemoryStorage;
 pub use newfile::{NewFile, NewFileOptions};
