@@ -145,8 +145,7 @@ pub fn find_children(
 /// The directory in which an image lies, and with it, mostly, its children: beside what a symbolic link leads to.
 #[must_use]
 pub fn directory_of(image: &Path) -> PathBuf {
-    let real = image.canonicalize().unwrap_or_else(|_| image.to_owned());
-    real.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned()
+    crate::image::directory_of(image)
 }
 
 fn judge(of: &ParentFile, file: &Listed, layer: &Layer, resolver: &FileResolver) -> Option<ChildLink> {
