@@ -22,6 +22,7 @@ use super::simulation::BrokenRule;
 use super::space::{Given, Space};
 use super::tokens::{Hold, Tokens, Wait};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::guid::Guid;
 use crate::format::header::Header;
 use crate::sync::{
     AtomicBool, AtomicU8, AtomicU64, Condvar, Mutex, MutexGuard, OnceLock, Ordering, PoisonError, TryLockError,
@@ -209,6 +210,17 @@ pub(super) struct Writer {
     room: AtomicU64,
     pub(super) is_fixed: bool,
     pub(super) broken: Option<BrokenRule>,
+    /// The data write GUIDs that the caller chose, instead of a random one.
+    pub(super) chosen: Mutex<ChosenGuids>,
+}
+
+/// Data write GUIDs for a session that makes a disk what another one is.
+#[derive(Debug, Default)]
+pub(super) struct ChosenGuids {
+    /// From the first change on.
+    pub(super) meanwhile: Option<Guid>,
+    /// Once everything is durable and the log is clean.
+    pub(super) afterwards: Option<Guid>,
 }
 
 /// A block's token and reserved pages while it is not clear what becomes of them: given back unless they are kept, also
@@ -304,6 +316,11 @@ impl Drop for Active<'_> {
 }
 
 impl Writer {
+    /// The GUIDs that the caller chose. Locked for moments only.
+    pub(super) fn chosen(&self) -> MutexGuard<'_, ChosenGuids> {
+        self.chosen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn new(commit: Commit, header: &Header, space: Space, is_fixed: bool) -> Self {
         let meta = Meta {
             pages: BTreeMap::new(),
@@ -334,6 +351,7 @@ impl Writer {
             room: AtomicU64::new(0),
             is_fixed,
             broken: None,
+            chosen: Mutex::default(),
         }
     }
 

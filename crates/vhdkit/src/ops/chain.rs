@@ -15,7 +15,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use children::{Child, ChildLink, Children, ParentFile, directory_of, find_children};
+pub use children::{Child, ChildLink, Children, ParentFile, directory_of, find_children, refuse_to_break};
 
 use super::Progress;
 use crate::error::{Error, ErrorKind, Result};

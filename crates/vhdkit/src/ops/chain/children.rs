@@ -4,11 +4,15 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::files::{Content, Listed, list, look_into, named};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::guid::Guid;
 use crate::image::{FileResolver, Layer, ParentRequest, ParentResolver as _};
 use crate::ops::{Progress, advance};
 use crate::storage::{Sharing, StorageIdentity};
+use crate::text::escape;
+
+/// Children that are named in an error.
+const NAMES_SHOWN: usize = 5;
 
 /// The image whose children are looked for.
 #[derive(Clone, Debug)]
@@ -35,7 +39,7 @@ impl ParentFile {
         match look_into(path) {
             Content::Image { layer, .. } => Ok(Self::of(&layer)),
             Content::Damaged(error) | Content::Other(error) => Err(error),
-            Content::Unrelated => Err(Error::new(crate::ErrorKind::NotVhdx, "the file is not a VHDX").with_path(path)),
+            Content::Unrelated => Err(Error::new(ErrorKind::NotVhdx, "the file is not a VHDX").with_path(path)),
         }
     }
 }
@@ -146,6 +150,29 @@ pub fn find_children(
 #[must_use]
 pub fn directory_of(image: &Path) -> PathBuf {
     crate::image::directory_of(image)
+}
+
+/// Refuses when the image has children whom a change of its disk would take their parent: among the files of its own
+/// directory, and those named. Gives what was found otherwise.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] when there are such children; otherwise as [`find_children`].
+pub fn refuse_to_break(of: &Layer, files: &[PathBuf], progress: &dyn Progress) -> Result<Children> {
+    let own: Vec<PathBuf> = of.path().map(directory_of).into_iter().collect();
+    let children = find_children(&ParentFile::of(of), &own, files, progress)?;
+    let broken: Vec<&Child> = children.found.iter().filter(|child| child.breaks_by_writing()).collect();
+    if broken.is_empty() {
+        return Ok(children);
+    }
+    let names = broken.iter().take(NAMES_SHOWN).map(|child| format!("\"{}\"", escape(&child.path.to_string_lossy())));
+    let mut names = names.collect::<Vec<_>>().join(", ");
+    if broken.len() > NAMES_SHOWN {
+        names.push_str(&format!(" and {} more", broken.len() - NAMES_SHOWN)); // there are more
+    }
+    let what = format!("the image is the parent of {names}, which could not be opened any more");
+    let error = Error::new(ErrorKind::Refused, what)
+        .with_hint("work on a copy; or say --break-children if nobody needs these images any more");
+    Err(of.name_error(error))
 }
 
 fn judge(of: &ParentFile, file: &Listed, layer: &Layer, resolver: &FileResolver) -> Option<ChildLink> {
