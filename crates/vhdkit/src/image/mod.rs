@@ -8,7 +8,7 @@ mod change;
 mod commit;
 mod device;
 pub(crate) mod extents;
-mod file_resolver;
+pub(crate) mod file_resolver;
 mod flushes;
 mod gate;
 mod headers;
@@ -38,7 +38,6 @@ use std::time::Duration;
 
 pub use device::{AtOnce, BlockDevice, Extent, ExtentKind, VisitExtent};
 pub use file_resolver::FileResolver;
-pub(crate) use file_resolver::{directory_of, is_place_of};
 pub use layer::Layer;
 pub use layer_disk::LayerDisk;
 pub use open::{CHAIN_DEPTH_MAX, OpenOptions};

@@ -7,7 +7,7 @@
 
 mod file;
 mod filesystem;
-mod lock;
+pub(crate) mod lock;
 mod memory;
 mod newfile;
 mod overlay;
@@ -23,7 +23,6 @@ use crate::error::Result;
 
 pub use file::{FileAccess, FileKind, FileStorage, Sharing};
 pub use filesystem::FileSystem;
-pub(crate) use lock::is_locked_elsewhere;
 pub use lock::{LockKind, LockMode, LockReport, is_open_elsewhere};
 pub use memory::MemoryStorage;
 pub use newfile::{NewFile, NewFileOptions};

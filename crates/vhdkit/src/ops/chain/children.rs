@@ -149,7 +149,7 @@ pub fn find_children(
 /// The directory in which an image lies, and with it, mostly, its children: beside what a symbolic link leads to.
 #[must_use]
 pub fn directory_of(image: &Path) -> PathBuf {
-    crate::image::directory_of(image)
+    crate::image::file_resolver::directory_of(image)
 }
 
 /// Refuses when the image has children whom a change of its disk would take their parent: among the files of its own

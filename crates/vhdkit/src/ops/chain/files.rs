@@ -12,7 +12,8 @@ use crate::format::ident::{Probe, probe};
 use crate::format::log::GROWTH_MAX;
 use crate::image::Layer;
 use crate::ops::{Progress, advance};
-use crate::storage::{FileAccess, FileStorage, Sharing, Storage, StorageIdentity, is_locked_elsewhere};
+use crate::storage::lock::is_locked_elsewhere;
+use crate::storage::{FileAccess, FileStorage, Sharing, Storage, StorageIdentity};
 
 /// Files that are looked at, at most: far more than any place for disks has, and few enough for their names to fit into
 /// memory.

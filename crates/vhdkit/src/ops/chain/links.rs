@@ -8,7 +8,8 @@ use super::survey::{Entry, Found, Survey};
 use super::{ChainReport, ChildLink, Node, Remedy, Trouble, TroubleKind};
 use crate::error::ErrorKind;
 use crate::format::guid::Guid;
-use crate::image::{CHAIN_DEPTH_MAX, is_place_of};
+use crate::image::CHAIN_DEPTH_MAX;
+use crate::image::file_resolver::is_place_of;
 use crate::storage::StorageIdentity;
 use crate::text::escape;
 

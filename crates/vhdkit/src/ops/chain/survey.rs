@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::format::locator::{KEY_ABSOLUTE_PATH, KEY_RELATIVE_PATH, KEY_VOLUME_PATH};
 use crate::image::{Layer, ParentRequest, ParentResolver};
 use crate::ops::{Progress, advance};
-use crate::storage::{Storage, StorageIdentity, is_locked_elsewhere};
+use crate::storage::lock::is_locked_elsewhere;
+use crate::storage::{Storage, StorageIdentity};
 use crate::text::escape;
 
 /// Characters of a path that are kept to be shown; a locator may hold 32,767.
