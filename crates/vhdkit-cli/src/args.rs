@@ -2,8 +2,11 @@
 //!
 //! Nothing is decided here. Each command turns its arguments into a plan, and then runs the plan.
 
+mod chains;
+
 use std::path::PathBuf;
 
+pub(crate) use chains::{ApplyArgs, ChainArgs, DiffArgs};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use vhdkit::format::guid::Guid;
 
@@ -17,7 +20,8 @@ A file named .raw, .img or .bin, a block device and standard input are raw disks
 
 Exit codes:
   0  done; clean; equal
-  1  the answer is no: check found errors (with --strict: or warnings), compare found a difference
+  1  the answer is no: check found errors (with --strict: or warnings), compare or diff --exit-code found a
+     difference, chain found a broken link
   2  wrong usage
   3  not a VHDX, or not supported
   4  the image is corrupt or cut off (any command but check)
@@ -34,12 +38,14 @@ Examples:
   zcat disk.raw.gz | vhdkit convert - disk.vhdx
   vhdkit check --strict disk.vhdx
   vhdkit write disk.vhdx --offset 1M --input piece.bin
+  vhdkit diff checkpoint.avhdx --export tuesday.increment
+  vhdkit chain /vms
   vhdkit serve disk.vhdx";
 
 /// Look into, create, check, convert, write and serve VHDX disks: those of Hyper-V, WSL and Azure.
 ///
 /// Reading never changes a file: an image that was not shut down cleanly is replayed in memory only. Only write, zero,
-/// discard, replay and serve --write change an image that is there. A parent is opened only when it lies in the image's own directory, or
+/// discard, replay, apply and serve --write change an image that is there. A parent is opened only when it lies in the image's own directory, or
 /// where --parent-dir, --parent or --any-parent allow it.
 #[derive(Debug, Parser)]
 #[command(name = "vhdkit", version, propagate_version = true, arg_required_else_help = false, after_long_help = EXIT_CODES,
@@ -67,7 +73,7 @@ pub(crate) struct GlobalArgs {
     /// When to use colours; NO_COLOR is respected
     #[arg(long, global = true, value_name = "WHEN", value_enum, default_value_t = Color::Auto)]
     pub(crate) color: Color,
-    /// Replace a target that exists, write to a block device, write bytes to a terminal
+    /// Replace a target that exists, write to a block device, write bytes to a terminal, apply to an unknown base
     #[arg(long, global = true)]
     pub(crate) force: bool,
     /// Look at an image that is in use elsewhere; what is read may be inconsistent
@@ -113,6 +119,9 @@ pub(crate) enum Command {
     Convert(ConvertArgs),
     Check(CheckArgs),
     Compare(CompareArgs),
+    Diff(DiffArgs),
+    Apply(ApplyArgs),
+    Chain(ChainArgs),
     Read(ReadArgs),
     Write(WriteArgs),
     Zero(ZeroArgs),

@@ -46,7 +46,8 @@ pub(crate) fn run(arguments: Vec<OsString>) -> ExitCode {
 fn has_an_end_to_bring_about(command: &Command) -> bool {
     match command {
         Command::Create(_) | Command::Write(_) | Command::Zero(_) | Command::Discard(_) => true,
-        Command::Replay(_) | Command::Serve(_) => true,
+        Command::Replay(_) | Command::Serve(_) | Command::Apply(_) => true,
+        Command::Diff(args) => args.export.as_deref().is_some_and(|target| !is_standard_stream(target)),
         Command::Convert(args) => !is_standard_stream(&args.target),
         Command::Map(args) => args.svg.as_deref().is_some_and(|svg| !is_standard_stream(svg)),
         _ => false,
@@ -60,6 +61,9 @@ fn dispatch(context: &Context, command: Command) -> Result<Answer, Failure> {
         Command::Convert(args) => commands::convert::run(context, &args),
         Command::Check(args) => commands::check::run(context, &args),
         Command::Compare(args) => commands::compare::run(context, &args),
+        Command::Diff(args) => commands::diff::run(context, &args),
+        Command::Apply(args) => commands::apply::run(context, &args),
+        Command::Chain(args) => commands::chain::run(context, &args),
         Command::Read(args) => commands::read::run(context, &args),
         Command::Write(args) => commands::write::run(context, &args),
         Command::Zero(args) => commands::clear::zero(context, &args),

@@ -67,6 +67,17 @@ impl Ui {
         io::stdout().is_terminal()
     }
 
+    /// True when the terminal shows more than ASCII, by what the locale says.
+    pub(crate) fn is_unicode() -> bool {
+        let locale = ["LC_ALL", "LC_CTYPE", "LANG"]
+            .into_iter()
+            .find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()));
+        locale.is_some_and(|locale| {
+            let locale = locale.to_ascii_lowercase();
+            locale.contains("utf-8") || locale.contains("utf8")
+        })
+    }
+
     /// True when a progress bar is welcome.
     pub(crate) fn shows_progress(&self) -> bool {
         !self.quiet && !self.json && io::stderr().is_terminal()

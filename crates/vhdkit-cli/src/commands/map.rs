@@ -95,12 +95,5 @@ fn draw_svg(context: &Context, disk: &Disk, title: &str) -> Result<String, Failu
 fn canvas() -> Canvas {
     let columns = rustix::termios::tcgetwinsize(rustix::stdio::stdout()).map_or(0, |size| usize::from(size.ws_col));
     let columns = if columns == 0 { COLUMNS_DEFAULT } else { columns };
-    let locale = ["LC_ALL", "LC_CTYPE", "LANG"]
-        .into_iter()
-        .find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()));
-    let unicode = locale.is_some_and(|locale| {
-        let locale = locale.to_ascii_lowercase();
-        locale.contains("utf-8") || locale.contains("utf8")
-    });
-    Canvas { columns, unicode }
+    Canvas { columns, unicode: Ui::is_unicode() }
 }

@@ -1,10 +1,13 @@
 //! One module for each command: arguments in, answer out.
 
+pub(crate) mod apply;
+pub(crate) mod chain;
 pub(crate) mod check;
 pub(crate) mod clear;
 pub(crate) mod compare;
 pub(crate) mod convert;
 pub(crate) mod create;
+pub(crate) mod diff;
 pub(crate) mod info;
 pub(crate) mod layout;
 pub(crate) mod manual;

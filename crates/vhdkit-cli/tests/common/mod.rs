@@ -156,6 +156,23 @@ impl Scratch {
         child
     }
 
+    /// An increment that changes nothing in the images that [`Self::image`] makes.
+    pub(crate) fn increment(&self, name: &str) {
+        let side = |guid| vhdkit::format::increment::Side {
+            data_write_guid: Some(guid),
+            disk_id: None,
+            size: 8 * MIB,
+            logical_sector_size: 512,
+            physical_sector_size: 4096,
+        };
+        let image = vhdkit::image::OpenOptions::new().open_path(&self.join("good.vhdx")).unwrap();
+        let base = side(image.layers()[0].headers().current.data_write_guid);
+        let mut bytes = Vec::new();
+        let options = vhdkit::ops::diff::ExportOptions::default();
+        vhdkit::ops::diff::export((&image, base), (&image, base), &mut bytes, &options, &()).unwrap();
+        self.write(name, &bytes);
+    }
+
     /// An image whose log holds its BAT and metadata.
     pub(crate) fn dirty(&self, name: &str) -> BuiltImage {
         let mut built = dynamic().build();

@@ -16,6 +16,7 @@ pub mod geometry;
 pub mod guid;
 pub mod header;
 pub mod ident;
+pub mod increment;
 pub mod items;
 pub mod locator;
 pub mod log;

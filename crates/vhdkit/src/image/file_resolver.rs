@@ -129,11 +129,7 @@ impl ParentResolver for FileResolver {
             }
             return Ok(vec![candidate(storage, named.clone(), true)]);
         }
-        // A link to an image is as good as the image: its parent lies where the image really is.
-        let own = wanted.child.map(|child| {
-            let real = child.canonicalize().unwrap_or_else(|_| child.to_owned());
-            real.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned()
-        });
+        let own = wanted.child.map(directory_of);
         let mut search = Search::default();
         for key in [KEY_RELATIVE_PATH, KEY_VOLUME_PATH, KEY_ABSOLUTE_PATH] {
             if let Some(text) = wanted.locator.get(key) {
@@ -274,6 +270,20 @@ fn normalize(base: &Path, parts: &[String]) -> Option<PathBuf> {
         }
     }
     Some(path)
+}
+
+/// Whether the relative path that a child names leads to `place`; also when there is nothing to be said about that. Only
+/// the text counts, as when a parent is looked for; letters may differ in case.
+pub(crate) fn is_place_of(child: &Path, relative: &str, place: &Path) -> bool {
+    let WindowsPath::Relative(parts) = WindowsPath::parse(relative) else { return true };
+    let expected = normalize(&directory_of(child), &parts);
+    expected.is_some_and(|path| path.as_os_str().eq_ignore_ascii_case(place.as_os_str()))
+}
+
+/// The directory in which an image lies. A link to an image is as good as the image: its parent lies where it really is.
+pub(crate) fn directory_of(child: &Path) -> PathBuf {
+    let real = child.canonicalize().unwrap_or_else(|_| child.to_owned());
+    real.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned()
 }
 
 const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);

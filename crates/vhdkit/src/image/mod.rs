@@ -8,7 +8,7 @@ mod change;
 mod commit;
 mod device;
 pub(crate) mod extents;
-mod file_resolver;
+pub(crate) mod file_resolver;
 mod flushes;
 mod gate;
 mod headers;
@@ -278,6 +278,24 @@ impl Image {
     /// As [`Image::close`].
     pub fn close_within(&self, wait: Duration) -> Result<()> {
         self.shared.close(wait).map_err(|error| self.name(error))
+    }
+
+    /// Starts the session of writing now, with this data write GUID: until [`Image::close_as`] gives it another one, the
+    /// file shows by it what is being made of it.
+    ///
+    /// # Errors
+    /// As the first write; [`ErrorKind::InvalidArgument`] when there was one already.
+    pub(crate) fn start_as(&self, data_write_guid: Guid) -> Result<()> {
+        self.shared.start_as(data_write_guid).map_err(|error| self.name(error))
+    }
+
+    /// As [`Image::close`]; in the end, when everything else is durable, the disk gets this data write GUID: for one that
+    /// holds what the disk with that GUID holds.
+    ///
+    /// # Errors
+    /// As [`Image::close`]; the file has one GUID or the other then. [`ErrorKind::InvalidArgument`] when no session was started.
+    pub(crate) fn close_as(&self, data_write_guid: Guid) -> Result<()> {
+        self.shared.close_as(session::CLOSE_WAIT, data_write_guid).map_err(|error| self.name(error))
     }
 
     /// Changes between reading and writing on the live handle. To reading: the session ends as with [`Image::close`]. To

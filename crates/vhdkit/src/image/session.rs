@@ -64,7 +64,7 @@ impl Shared {
         let late = writer.breaks(BrokenRule::DataGuidLate);
         let data_write_guid = match identity {
             Identity::New if late => None,
-            Identity::New => Some(Guid::random()),
+            Identity::New => Some(writer.chosen().meanwhile.unwrap_or_else(Guid::random)),
             Identity::Kept => None,
             Identity::Given(guid) => Some(guid),
         };
@@ -220,7 +220,12 @@ impl Shared {
         if writer.breaks(BrokenRule::DataGuidLate) {
             self.update_headers(writer, commit, |header| header.data_write_guid = Guid::random())?;
         }
+        let afterwards = writer.chosen().afterwards;
         if commit.ring.is_none() {
+            if let Some(guid) = afterwards {
+                self.sync_for_close(writer, commit)?;
+                self.update_headers(writer, commit, |header| header.data_write_guid = guid)?;
+            }
             self.cut(writer)?;
             return Ok(());
         }
@@ -230,7 +235,10 @@ impl Shared {
         if !writer.breaks(BrokenRule::ClearBeforeHome) {
             self.sync_for_close(writer, commit)?;
         }
-        self.update_headers(writer, commit, |header| header.log_guid = Guid::NIL)?;
+        self.update_headers(writer, commit, |header| {
+            header.log_guid = Guid::NIL;
+            header.data_write_guid = afterwards.unwrap_or(header.data_write_guid);
+        })?;
         commit.ring = None;
         // Readers come and go; but those who were inside after the last change have left before this began.
         self.retire_all(writer, commit);
@@ -263,6 +271,34 @@ impl Shared {
         cut.map_err(|error| Error::io(format!("cannot cut the file to {end:#x} bytes"), error))?;
         let synced = self.storage().sync();
         synced.map_err(|error| writer.poison(Error::io("cannot make the cut file durable", error)))
+    }
+
+    /// Starts the session now, with a data write GUID of the caller's: by it, whoever finds the image after a crash knows
+    /// what was being done to it.
+    pub(super) fn start_as(&self, guid: Guid) -> Result<()> {
+        let writer = self.writer.get().ok_or_else(read_only)?;
+        let _active = writer.enter()?;
+        if writer.started.load(Ordering::SeqCst) {
+            return Err(Error::new(ErrorKind::InvalidArgument, "the session of writing has started already"));
+        }
+        writer.chosen().meanwhile = Some(guid);
+        let started = self.start(writer, Wait::Yes).map(|_| ());
+        writer.chosen().meanwhile = None;
+        started
+    }
+
+    /// Ends the session for good; with the last update of the headers, when everything else is durable, the disk gets the
+    /// data write GUID of one that holds the same.
+    pub(super) fn close_as(&self, wait: Duration, guid: Guid) -> Result<()> {
+        let writer = self.writer.get().ok_or_else(read_only)?;
+        if !writer.started.load(Ordering::SeqCst) {
+            return Err(Error::new(ErrorKind::InvalidArgument, "there is no session of writing to end"));
+        }
+        writer.chosen().afterwards = Some(guid);
+        let closed = self.close(wait);
+        // Ended later, by whomever, it is not what the caller meant any more.
+        writer.chosen().afterwards = None;
+        closed
     }
 
     /// Ends the session for good.

@@ -22,6 +22,7 @@ use super::simulation::BrokenRule;
 use super::space::{Given, Space};
 use super::tokens::{Hold, Tokens, Wait};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::guid::Guid;
 use crate::format::header::Header;
 use crate::sync::{
     AtomicBool, AtomicU8, AtomicU64, Condvar, Mutex, MutexGuard, OnceLock, Ordering, PoisonError, TryLockError,
@@ -226,6 +227,17 @@ pub(super) struct Writer {
     /// The file of a fixed disk may be cut all the same.
     pub(super) cuts: AtomicBool,
     pub(super) broken: Option<BrokenRule>,
+    /// The data write GUIDs that the caller chose, instead of a random one.
+    pub(super) chosen: Mutex<ChosenGuids>,
+}
+
+/// Data write GUIDs for a session that makes a disk what another one is.
+#[derive(Debug, Default)]
+pub(super) struct ChosenGuids {
+    /// From the first change on.
+    pub(super) meanwhile: Option<Guid>,
+    /// Once everything is durable and the log is clean.
+    pub(super) afterwards: Option<Guid>,
 }
 
 /// A block's token and reserved pages while it is not clear what becomes of them: given back unless they are kept, also
@@ -321,6 +333,11 @@ impl Drop for Active<'_> {
 }
 
 impl Writer {
+    /// The GUIDs that the caller chose. Locked for moments only.
+    pub(super) fn chosen(&self) -> MutexGuard<'_, ChosenGuids> {
+        self.chosen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn new(commit: Commit, header: &Header, space: Space, is_fixed: bool) -> Self {
         let meta = Meta {
             pages: BTreeMap::new(),
@@ -353,6 +370,7 @@ impl Writer {
             is_fixed,
             cuts: AtomicBool::new(false),
             broken: None,
+            chosen: Mutex::default(),
         }
     }
 

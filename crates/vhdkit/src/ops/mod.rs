@@ -1,11 +1,15 @@
 //! Work on whole images: create, convert, measure and compare.
 
+pub mod apply;
 mod buffer;
+pub mod chain;
 pub mod check;
 pub mod compact;
 pub mod compare;
+mod contents;
 pub mod convert;
 pub mod create;
+pub mod diff;
 pub mod dump;
 mod edit;
 mod layout;

@@ -271,6 +271,12 @@ fn acquire_flock(file: &File, mode: LockMode, cause: &io::Error) -> Result<LockR
     }
 }
 
+/// Whether anybody but this open file description has any byte of the file locked by record locks, as QEMU and this
+/// library lock images. Only asks: nothing is locked, and nobody is kept from anything. False where that cannot be told.
+pub(crate) fn is_locked_elsewhere(file: &File) -> bool {
+    sys::is_locked_elsewhere(file, 0, 0).unwrap_or(false)
+}
+
 /// Whether anybody but this open file description has the file open or locked, as far as that can be told: by any
 /// record lock, by `flock`, or because the kernel refuses a lease. Used before a file is replaced.
 ///

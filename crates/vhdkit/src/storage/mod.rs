@@ -7,7 +7,7 @@
 
 mod file;
 mod filesystem;
-mod lock;
+pub(crate) mod lock;
 mod memory;
 mod newfile;
 mod overlay;
