@@ -28,7 +28,7 @@ pub mod simulation;
 mod simulation;
 mod space;
 mod tokens;
-mod view;
+pub(crate) mod view;
 mod write;
 mod writer;
 

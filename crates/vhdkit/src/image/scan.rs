@@ -111,7 +111,7 @@ impl Marks {
             } else {
                 position += u64::from(word.trailing_zeros()).min(left);
             }
-            if position.min(until) - start.min(position) >= length {
+            if position.min(until).saturating_sub(start) >= length {
                 return Some(start);
             }
         }
