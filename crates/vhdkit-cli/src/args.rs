@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use vhdkit::format::guid::Guid;
 
+use crate::args_mending::RepairArgs;
 use crate::sizes;
 
 /// What `--help` ends with.
@@ -17,7 +18,8 @@ A file named .raw, .img or .bin, a block device and standard input are raw disks
 
 Exit codes:
   0  done; clean; equal
-  1  the answer is no: check found errors (with --strict: or warnings), compare found a difference
+  1  the answer is no: check found errors (with --strict: or warnings), compare found a difference,
+     repair left something
   2  wrong usage
   3  not a VHDX, or not supported
   4  the image is corrupt or cut off (any command but check)
@@ -39,7 +41,7 @@ Examples:
 /// Look into, create, check, convert, write and serve VHDX disks: those of Hyper-V, WSL and Azure.
 ///
 /// Reading never changes a file: an image that was not shut down cleanly is replayed in memory only. Only write, zero,
-/// discard, replay and serve --write change an image that is there. A parent is opened only when it lies in the image's own directory, or
+/// discard, replay, repair --apply and serve --write change an image that is there. A parent is opened only when it lies in the image's own directory, or
 /// where --parent-dir, --parent or --any-parent allow it.
 #[derive(Debug, Parser)]
 #[command(name = "vhdkit", version, propagate_version = true, arg_required_else_help = false, after_long_help = EXIT_CODES,
@@ -118,6 +120,7 @@ pub(crate) enum Command {
     Zero(ZeroArgs),
     Discard(DiscardArgs),
     Replay(ReplayArgs),
+    Repair(RepairArgs),
     Serve(ServeArgs),
     Map(MapArgs),
     Measure(MeasureArgs),

@@ -47,6 +47,7 @@ fn has_an_end_to_bring_about(command: &Command) -> bool {
     match command {
         Command::Create(_) | Command::Write(_) | Command::Zero(_) | Command::Discard(_) => true,
         Command::Replay(_) | Command::Serve(_) => true,
+        Command::Repair(args) => args.apply || args.restore.is_some(),
         Command::Convert(args) => !is_standard_stream(&args.target),
         Command::Map(args) => args.svg.as_deref().is_some_and(|svg| !is_standard_stream(svg)),
         _ => false,
@@ -65,6 +66,7 @@ fn dispatch(context: &Context, command: Command) -> Result<Answer, Failure> {
         Command::Zero(args) => commands::clear::zero(context, &args),
         Command::Discard(args) => commands::clear::discard(context, &args),
         Command::Replay(args) => commands::replay::run(context, &args),
+        Command::Repair(args) => commands::repair::run(context, &args),
         Command::Serve(args) => commands::serve::run(context, &args),
         Command::Map(args) => commands::map::run(context, &args),
         Command::Measure(args) => commands::measure::run(context, &args),

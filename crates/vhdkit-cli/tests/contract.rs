@@ -12,7 +12,7 @@ mod common;
 
 use common::{MIB, Scratch, dynamic, junk, make_fifo};
 
-const ALL: [&str; 15] = [
+const ALL: [&str; 16] = [
     "info",
     "create",
     "convert",
@@ -23,6 +23,7 @@ const ALL: [&str; 15] = [
     "zero",
     "discard",
     "replay",
+    "repair",
     "serve",
     "map",
     "measure",
@@ -31,10 +32,11 @@ const ALL: [&str; 15] = [
 ];
 
 /// Every command that only reads an image, with the arguments that make it do so. `@` is the image.
-const READERS: [(&str, &[&str]); 13] = [
+const READERS: [(&str, &[&str]); 14] = [
     ("info", &["info", "@"]),
     ("info --dump", &["info", "--dump", "@"]),
     ("check", &["check", "@"]),
+    ("repair", &["repair", "@"]),
     ("read", &["read", "@"]),
     ("map", &["map", "@"]),
     ("map --svg", &["map", "@", "--svg", "picture.svg"]),
@@ -48,11 +50,12 @@ const READERS: [(&str, &[&str]); 13] = [
 ];
 
 /// Every command that changes an image.
-const WRITERS: [(&str, &[&str]); 5] = [
+const WRITERS: [(&str, &[&str]); 6] = [
     ("write", &["write", "@", "--offset", "0"]),
     ("zero", &["zero", "@", "--offset", "0", "--length", "1M"]),
     ("discard", &["discard", "@", "--offset", "0", "--length", "1M"]),
     ("replay", &["replay", "@"]),
+    ("repair --apply", &["repair", "@", "--apply"]),
     ("serve --write", &["serve", "@", "--write", "--idle-exit", "1"]),
 ];
 
@@ -105,6 +108,11 @@ fn for_each(
             assert_eq!(scratch.sums(), sums, "{name} changed a file");
         }
     }
+}
+
+/// Whether a command has something to say about an image that cannot be opened.
+fn judges(name: &str) -> bool {
+    name == "check" || name.starts_with("repair")
 }
 
 /// What every error message must have.
@@ -205,6 +213,8 @@ fn a_wrong_command_line_is_usage() {
         &["discard", "a.vhdx", "--length", "1M"],
         &["write", "a.vhdx", "--offset", "0", "--force-share"],
         &["replay", "a.vhdx", "--force-share"],
+        &["repair", "a.vhdx", "--undo", "record"],
+        &["repair", "a.vhdx", "--apply", "--restore", "record"],
         &["serve", "a.vhdx", "--socket", "s", "--listen", "127.0.0.1:0"],
         &["serve", "a.vhdx", "--listen", "0.0.0.0:0"],
         &["serve", "a.vhdx", "--replay"],
@@ -322,9 +332,10 @@ fn a_file_that_was_cut_off() {
             |scratch| drop(scratch.write("cut.vhdx", &bytes)),
             "cut.vhdx",
             |name, _, run| {
-                let run = if name == "check" { run.expect(1) } else { run.expect(4) };
-                if name == "check" {
-                    assert!(run.out.contains("error: ") && run.out.contains("hint: "), "{}", run.out);
+                let run = if judges(name) { run.expect(1) } else { run.expect(4) };
+                if judges(name) {
+                    let next = if name == "check" { "hint: " } else { "left: " };
+                    assert!(run.out.contains("error: ") && run.out.contains(next), "{name}: {}", run.out);
                 } else {
                     assert_is_an_error(name, &run, "cut.vhdx");
                 }
@@ -340,8 +351,8 @@ fn damaged_headers() {
         built.write_to(&scratch.join("damaged.vhdx")).unwrap();
     };
     for_each_opener(make, "damaged.vhdx", |name, _, run| {
-        let run = if name == "check" { run.expect(1) } else { run.expect(4) };
-        if name != "check" {
+        let run = if judges(name) { run.expect(1) } else { run.expect(4) };
+        if !judges(name) {
             assert_is_an_error(name, &run, "damaged.vhdx");
             assert!(run.err.contains("[V-006]"), "{name}: {}", run.err);
         }
