@@ -8,6 +8,7 @@ pub mod create;
 pub mod dump;
 mod layout;
 pub mod measure;
+pub mod recover;
 pub mod repair;
 mod segments;
 mod writer;
