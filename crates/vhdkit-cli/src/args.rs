@@ -10,6 +10,7 @@ pub(crate) use chains::{ApplyArgs, ChainArgs, DiffArgs};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use vhdkit::format::guid::Guid;
 
+use crate::args_mending::RepairArgs;
 use crate::sizes;
 
 /// What `--help` ends with.
@@ -21,7 +22,7 @@ A file named .raw, .img or .bin, a block device and standard input are raw disks
 Exit codes:
   0  done; clean; equal
   1  the answer is no: check found errors (with --strict: or warnings), compare or diff --exit-code found a
-     difference, chain found a broken link
+     difference, chain found a broken link, repair left something
   2  wrong usage
   3  not a VHDX, or not supported
   4  the image is corrupt or cut off (any command but check)
@@ -45,7 +46,7 @@ Examples:
 /// Look into, create, check, convert, write and serve VHDX disks: those of Hyper-V, WSL and Azure.
 ///
 /// Reading never changes a file: an image that was not shut down cleanly is replayed in memory only. Only write, zero,
-/// discard, replay, apply and serve --write change an image that is there. A parent is opened only when it lies in the image's own directory, or
+/// discard, replay, apply, repair --apply and serve --write change an image that is there. A parent is opened only when it lies in the image's own directory, or
 /// where --parent-dir, --parent or --any-parent allow it.
 #[derive(Debug, Parser)]
 #[command(name = "vhdkit", version, propagate_version = true, arg_required_else_help = false, after_long_help = EXIT_CODES,
@@ -127,6 +128,7 @@ pub(crate) enum Command {
     Zero(ZeroArgs),
     Discard(DiscardArgs),
     Replay(ReplayArgs),
+    Repair(RepairArgs),
     Serve(ServeArgs),
     Map(MapArgs),
     Measure(MeasureArgs),

@@ -1,6 +1,7 @@
 //! The command `vhdkit`: look into, create, check, convert, write and serve VHDX disks.
 
 mod args;
+mod args_mending;
 mod cli;
 mod commands;
 mod failure;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use vhdkit::format::header::{HEADER_BYTES, OFFSETS};
 use vhdkit::image::{BlockDevice as _, Image, Layer, OpenOptions};
-use vhdkit::storage::FileSystem;
+use vhdkit::storage::{FileSystem, Storage};
 use vhdkit::{Error, ErrorKind};
 
 use crate::args::{Format, WritingArgs};
@@ -107,7 +107,7 @@ impl<'a> Session<'a> {
     pub(crate) fn close(&self) -> Result<(), Error> {
         let closed = self.image.close();
         if self.was_changed() {
-            self.warn_of_change_tracking();
+            warn_of_change_tracking(self.context, self.path);
         }
         closed
     }
@@ -124,15 +124,6 @@ impl<'a> Session<'a> {
     /// Whether anything was written to the file.
     pub(crate) fn was_changed(&self) -> bool {
         self.headers != headers(&self.image)
-    }
-
-    fn warn_of_change_tracking(&self) {
-        let files: Vec<String> = change_tracking_files(self.path).iter().map(|file| show::file_name(file)).collect();
-        if !files.is_empty() {
-            let files = files.join(" and ");
-            let what = format!("the change tracking of Hyper-V ({files}) does not know of this change");
-            self.context.ui.warn(Some(self.path), &format!("{what}; the next backup must be full"));
-        }
     }
 
     /// What was replayed, for scripts.
@@ -158,6 +149,11 @@ impl<'a> Session<'a> {
 
 fn check(context: &Context, path: &Path, from: Option<Format>) -> Result<(), Failure> {
     refuse_raw(context, path, from)?;
+    refuse_sharing(context)
+}
+
+/// Refuses to write what others may be writing.
+pub(crate) fn refuse_sharing(context: &Context) -> Result<(), Failure> {
     if context.global.force_share {
         return Err(Failure::usage(
             "--force-share is for looking at an image; one that others may be writing is not written",
@@ -165,6 +161,24 @@ fn check(context: &Context, path: &Path, from: Option<Format>) -> Result<(), Fai
         ));
     }
     Ok(())
+}
+
+/// Warns when a file lies where the locks of others cannot be seen.
+pub(crate) fn warn_of_hidden_locks(context: &Context, path: &Path, storage: &dyn Storage) {
+    let file_system = storage.as_file().and_then(|file| FileSystem::of(file).ok());
+    if let Some(warning) = file_system.and_then(lock_warning) {
+        context.ui.warn(Some(path), &warning);
+    }
+}
+
+/// Says when Hyper-V keeps track of the changes of a disk that was changed.
+pub(crate) fn warn_of_change_tracking(context: &Context, path: &Path) {
+    let files: Vec<String> = change_tracking_files(path).iter().map(|file| show::file_name(file)).collect();
+    if !files.is_empty() {
+        let files = files.join(" and ");
+        let what = format!("the change tracking of Hyper-V ({files}) does not know of this change");
+        context.ui.warn(Some(path), &format!("{what}; the next backup must be full"));
+    }
 }
 
 /// An error of opening for reading what is to be written: looking at a file in use is no way out then.

@@ -12,7 +12,7 @@ mod common;
 
 use common::{MIB, Scratch, dynamic, junk, make_fifo};
 
-const ALL: [&str; 18] = [
+const ALL: [&str; 19] = [
     "info",
     "create",
     "convert",
@@ -26,6 +26,7 @@ const ALL: [&str; 18] = [
     "zero",
     "discard",
     "replay",
+    "repair",
     "serve",
     "map",
     "measure",
@@ -34,10 +35,11 @@ const ALL: [&str; 18] = [
 ];
 
 /// Every command that only reads an image, with the arguments that make it do so. `@` is the image.
-const READERS: [(&str, &[&str]); 17] = [
+const READERS: [(&str, &[&str]); 18] = [
     ("info", &["info", "@"]),
     ("info --dump", &["info", "--dump", "@"]),
     ("check", &["check", "@"]),
+    ("repair", &["repair", "@"]),
     ("read", &["read", "@"]),
     ("map", &["map", "@"]),
     ("map --svg", &["map", "@", "--svg", "picture.svg"]),
@@ -61,6 +63,7 @@ const WRITERS: [(&str, &[&str]); 6] = [
     ("discard", &["discard", "@", "--offset", "0", "--length", "1M"]),
     ("replay", &["replay", "@"]),
     ("apply", &["apply", "good.increment", "@"]),
+    ("repair --apply", &["repair", "@", "--apply"]),
     ("serve --write", &["serve", "@", "--write", "--idle-exit", "1"]),
 ];
 
@@ -114,6 +117,11 @@ fn for_each(
             assert_eq!(scratch.sums(), sums, "{name} changed a file");
         }
     }
+}
+
+/// Whether a command has something to say about an image that cannot be opened.
+fn judges(name: &str) -> bool {
+    name == "check" || name.starts_with("repair")
 }
 
 /// What every error message must have.
@@ -233,6 +241,8 @@ fn a_wrong_command_line_is_usage() {
         &["apply", "a.increment", "b.vhdx", "--resume"],
         &["apply", "a.increment", "b.vhdx", "--dry-run", "--verify"],
         &["apply", "a.increment", "b.vhdx", "--force-share"],
+        &["repair", "a.vhdx", "--undo", "record"],
+        &["repair", "a.vhdx", "--apply", "--restore", "record"],
         &["serve", "a.vhdx", "--socket", "s", "--listen", "127.0.0.1:0"],
         &["serve", "a.vhdx", "--listen", "0.0.0.0:0"],
         &["serve", "a.vhdx", "--replay"],
@@ -354,9 +364,10 @@ fn a_file_that_was_cut_off() {
             |scratch| drop(scratch.write("cut.vhdx", &bytes)),
             "cut.vhdx",
             |name, _, run| {
-                let run = if name == "check" { run.expect(1) } else { run.expect(4) };
-                if name == "check" {
-                    assert!(run.out.contains("error: ") && run.out.contains("hint: "), "{}", run.out);
+                let run = if judges(name) { run.expect(1) } else { run.expect(4) };
+                if judges(name) {
+                    let next = if name == "check" { "hint: " } else { "left: " };
+                    assert!(run.out.contains("error: ") && run.out.contains(next), "{name}: {}", run.out);
                 } else {
                     assert_is_an_error(name, &run, "cut.vhdx");
                 }
@@ -372,8 +383,8 @@ fn damaged_headers() {
         built.write_to(&scratch.join("damaged.vhdx")).unwrap();
     };
     for_each_opener(make, "damaged.vhdx", |name, _, run| {
-        let run = if name == "check" { run.expect(1) } else { run.expect(4) };
-        if name != "check" {
+        let run = if judges(name) { run.expect(1) } else { run.expect(4) };
+        if !judges(name) {
             assert_is_an_error(name, &run, "damaged.vhdx");
             assert!(run.err.contains("[V-006]"), "{name}: {}", run.err);
         }

@@ -14,6 +14,7 @@ pub(crate) mod manual;
 pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod read;
+pub(crate) mod repair;
 pub(crate) mod replay;
 pub(crate) mod serve;
 pub(crate) mod write;

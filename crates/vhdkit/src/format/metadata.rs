@@ -168,6 +168,14 @@ const fn known_item(id: Guid) -> Option<(&'static str, Option<u32>)> {
     None
 }
 
+/// The flags that the format gives an item of its own.
+pub(crate) const fn flags_of(id: Guid) -> Option<u32> {
+    match known_item(id) {
+        Some((_, flags)) => flags,
+        None => None,
+    }
+}
+
 /// What kind of disk an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DiskType {

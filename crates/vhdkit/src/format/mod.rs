@@ -23,6 +23,7 @@ pub mod log;
 pub mod metadata;
 pub mod region;
 pub mod space;
+pub mod undo;
 
 /// Size of the header section; everything else lies behind it ([MS-VHDX] 2.2).
 pub const HEADER_SECTION_BYTES: u64 = 1 << 20;

@@ -29,7 +29,7 @@ mod simulation;
 pub(crate) mod space;
 pub(crate) mod structure;
 mod tokens;
-mod view;
+pub(crate) mod view;
 mod write;
 mod writer;
 

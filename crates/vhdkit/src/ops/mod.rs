@@ -15,6 +15,8 @@ mod edit;
 mod layout;
 pub mod measure;
 pub mod merge;
+pub mod recover;
+pub mod repair;
 pub mod reparent;
 pub mod resize;
 mod segments;

@@ -25,6 +25,7 @@ mod metadata;
 mod parent_paths;
 mod parents;
 mod regions;
+mod repair;
 mod ring;
 mod table;
 
@@ -148,6 +149,14 @@ fn main() {
         Case::new("expectations_agree", Needs::nothing(), expectations_agree),
         Case::new("names_are_unique", Needs::nothing(), names_are_unique),
     ];
+    cases.extend(rows().into_iter().filter_map(|row| {
+        let Judge::Image { make, .. } = row.judge else { return None };
+        let run = move || {
+            let outcome = repair::judge(&make());
+            println!("{outcome:?}");
+        };
+        Some(Case::new(format!("repair, {}: {}", row.rule, row.name), Needs::nothing(), run))
+    }));
     cases.extend(rows().into_iter().map(|row| {
         let name = format!("{}: {}", row.rule, row.name);
         let run = move || match row.judge {

@@ -1,0 +1,289 @@
+//! `repair`: a plan, the plan carried out, and the undo record put back.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use vhdkit::format::finding::Severity;
+use vhdkit::ops::check::CheckReport;
+use vhdkit::ops::repair::{RepairOptions, RepairPlan, Restored, apply, plan, restore};
+use vhdkit::storage::{FileAccess, FileStorage, NewFile, NewFileOptions, Sharing, Storage};
+use vhdkit::text::escape;
+use vhdkit::{Error, ErrorKind};
+
+use super::info::{finding_json, refuse_raw};
+use crate::args_mending::RepairArgs;
+use crate::cli::Context;
+use crate::failure::{Answer, Failure};
+use crate::formats::is_block_device;
+use crate::opening::{check_parent_options, open_options, sharing};
+use crate::progress::Bar;
+use crate::show;
+use crate::sizes;
+use crate::ui::{BAD, DOUBTFUL, FAINT, GOOD, HEADING, Ui};
+use crate::writing::{refuse_sharing, warn_of_change_tracking, warn_of_hidden_locks};
+
+/// Plans, mends or restores, as asked.
+pub(crate) fn run(context: &Context, args: &RepairArgs) -> Result<Answer, Failure> {
+    refuse_raw(context, &args.image, args.from.from)?;
+    check_parent_options(&context.global)?;
+    if let Some(record) = &args.restore {
+        return put_back(context, &args.image, record);
+    }
+    let record = if args.apply { Some(record_path(args)?) } else { None };
+    let storage = open(context, &args.image, args.apply)?;
+    let bar = Bar::new("checking", &context.ui, &context.interrupt);
+    let planned = plan(&storage, Some(&args.image), &RepairOptions::default(), &bar);
+    let planned = planned.map_err(|error| error.with_path(&args.image))?;
+    drop(bar);
+    let record = record.filter(|_| planned.changes_anything());
+    if let Some(record) = &record {
+        carry_out(context, &args.image, &storage, &planned, record)?;
+    }
+    drop(storage);
+    let parent = if planned.after.errors == 0 { parent_trouble(context, &args.image)? } else { None };
+    let report =
+        Report { context, path: &args.image, plan: &planned, record: record.as_deref(), parent, asked: args.apply };
+    report.print()?;
+    Ok(if planned.mends_everything() && report.parent.is_none() { Answer::Yes } else { Answer::No })
+}
+
+fn open(context: &Context, path: &Path, write: bool) -> Result<Arc<dyn Storage>, Failure> {
+    let storage = if write {
+        refuse_sharing(context)?;
+        FileStorage::open(path, FileAccess::Write, Sharing::Normal)?
+    } else {
+        FileStorage::open(path, FileAccess::Read, sharing(&context.global))?
+    };
+    if let Some(note) = &storage.lock_report().note {
+        context.ui.warn(None, note);
+    }
+    if write {
+        warn_of_hidden_locks(context, path, &storage);
+    }
+    Ok(Arc::new(storage))
+}
+
+/// Where the undo record goes.
+fn record_path(args: &RepairArgs) -> Result<PathBuf, Failure> {
+    if let Some(record) = &args.undo {
+        return Ok(record.clone());
+    }
+    if is_block_device(&args.image) {
+        return Err(Failure::usage(
+            "the image is a block device, beside which no undo record can lie",
+            "say where it goes with --undo FILE",
+        ));
+    }
+    let mut name = args.image.clone().into_os_string();
+    name.push(".undo");
+    Ok(PathBuf::from(name))
+}
+
+fn carry_out(
+    context: &Context,
+    path: &Path,
+    storage: &Arc<dyn Storage>,
+    planned: &RepairPlan,
+    record: &Path,
+) -> Result<(), Failure> {
+    let file = NewFile::create(record, NewFileOptions::default()).map_err(|error| match error.kind() {
+        ErrorKind::Exists => error.with_hint(
+            "a repair was begun or done before: put it back with --restore, or name another record with --undo FILE",
+        ),
+        _ => error,
+    })?;
+    let undo = file.storage();
+    let mut file = Some(file);
+    let mut keep = || file.take().map_or(Ok(()), |file| file.commit(true));
+    let bar = Bar::new("repairing", &context.ui, &context.interrupt);
+    let applied = apply(storage, planned, undo.as_ref(), &mut keep, &bar);
+    drop(bar);
+    applied.map_err(|error| error.with_path(path))?;
+    warn_of_change_tracking(context, path);
+    Ok(())
+}
+
+fn put_back(context: &Context, path: &Path, record: &Path) -> Result<Answer, Failure> {
+    let undo = FileStorage::open(record, FileAccess::Read, Sharing::Normal)?;
+    let storage = open(context, path, true)?;
+    if storage.identity() == undo.identity() {
+        return Err(Failure::usage("the record is the image itself", "name the record that `repair --apply` wrote"));
+    }
+    let bar = Bar::new("restoring", &context.ui, &context.interrupt);
+    let restored = restore(storage.as_ref(), &undo, &bar).map_err(|error| match error.kind() {
+        ErrorKind::InvalidArgument => error.with_path(record),
+        _ => error.with_path(path),
+    })?;
+    drop(bar);
+    warn_of_change_tracking(context, path);
+    let Restored { bytes, file_size_before, file_size_after } = restored;
+    if context.ui.json {
+        Ui::print_json(&json!({
+            "file": show::path(path),
+            "record": show::path(record),
+            "restored": true,
+            "bytes": bytes,
+            "file_size_before": file_size_before,
+            "file_size_after": file_size_after,
+        }))?;
+    } else if !context.ui.quiet {
+        let mut out = context.ui.out();
+        writeln!(out, "{}: as it was before the repair, {} put back", show::path(path), sizes::short(bytes))?;
+        out.flush()?;
+    }
+    Ok(Answer::Yes)
+}
+
+/// Whether a child and its parent do not belong together: no repair of the one file can mend that.
+fn parent_trouble(context: &Context, path: &Path) -> Result<Option<Error>, Failure> {
+    let named = context.global.parent.iter().map(AsRef::as_ref);
+    let opened = open_options(&context.global, named)?.open_path(path);
+    Ok(opened.err().filter(|error| matches!(error.kind(), ErrorKind::ParentMismatch | ErrorKind::Chain)))
+}
+
+/// The next step when the parent is not the right one.
+const REPARENT: &str = "`vhdkit reparent CHILD PARENT` links a child to the right parent; a parent that was changed after its \
+                        child was made cannot be used without damage";
+
+/// What is told in the end.
+struct Report<'a> {
+    context: &'a Context,
+    path: &'a Path,
+    plan: &'a RepairPlan,
+    /// The undo record, when the plan was carried out.
+    record: Option<&'a Path>,
+    parent: Option<Error>,
+    /// The user asked for the plan to be carried out.
+    asked: bool,
+}
+
+impl Report<'_> {
+    fn print(&self) -> Result<(), Failure> {
+        if self.context.ui.json {
+            return Ui::print_json(&self.to_json());
+        }
+        let mut out = self.context.ui.out();
+        self.write(&mut out)?;
+        Ok(out.flush()?)
+    }
+
+    fn to_json(&self) -> Value {
+        let plan = self.plan;
+        let actions = plan.actions.iter().map(|action| {
+            json!({
+                "finding": finding_json(&action.finding),
+                "action": escape(&action.what),
+                "lost": action.lost.as_deref().map(escape),
+            })
+        });
+        let left =
+            plan.left.iter().map(|left| json!({ "finding": finding_json(&left.finding), "advice": left.advice }));
+        json!({
+            "file": show::path(self.path),
+            "applied": self.record.is_some(),
+            "undo": self.record.map(show::path),
+            "possible": plan.changes_anything(),
+            "actions": actions.collect::<Vec<_>>(),
+            "left": left.collect::<Vec<_>>(),
+            "before": counts_json(&plan.before),
+            "after": counts_json(&plan.after),
+            "breaks_children": plan.changes_anything() && plan.breaks_children,
+            "file_size_before": plan.file_size_before,
+            "file_size_after": plan.file_size_after,
+            "bytes_changed": plan.bytes_changed,
+            "parent": self.parent.as_ref().map(|error| json!({
+                "kind": error.kind().as_str(),
+                "message": escape(error.message()),
+                "hint": REPARENT,
+            })),
+        })
+    }
+
+    fn write(&self, out: &mut dyn Write) -> io::Result<()> {
+        let plan = self.plan;
+        let file = show::path(self.path);
+        let done = if self.record.is_some() { "done" } else { "would do" };
+        for action in &plan.actions {
+            let finding = &action.finding;
+            let style = style_of(finding.severity());
+            let text = finding.to_string();
+            writeln!(out, "{style}{}{style:#}: {} ({})", finding.severity().as_str(), escape(&text), finding.code())?;
+            if plan.changes_anything() {
+                writeln!(out, "  {done}: {}", escape(&action.what))?;
+                let lost = action.lost.as_deref().map_or_else(|| "nothing".into(), escape);
+                writeln!(out, "  lost: {lost}")?;
+            }
+        }
+        for left in &plan.left {
+            let style = style_of(left.finding.severity());
+            let text = left.finding.to_string();
+            let severity = left.finding.severity().as_str();
+            writeln!(out, "{style}{severity}{style:#}: {} ({})", escape(&text), left.finding.code())?;
+            writeln!(out, "  left: {}", left.advice)?;
+        }
+        if let Some(error) = &self.parent {
+            writeln!(out, "{BAD}error{BAD:#}: {}", escape(&error.to_string()))?;
+            writeln!(out, "  left: {REPARENT}")?;
+        }
+        if self.context.ui.quiet {
+            return Ok(());
+        }
+        self.write_end(out, &file)
+    }
+
+    fn write_end(&self, out: &mut dyn Write, file: &str) -> io::Result<()> {
+        let plan = self.plan;
+        if plan.actions.is_empty() && plan.left.is_empty() && self.parent.is_none() {
+            return writeln!(out, "{file}: {GOOD}nothing to mend{GOOD:#}");
+        }
+        if !plan.actions.is_empty() || !plan.left.is_empty() {
+            writeln!(out)?;
+        }
+        if plan.changes_anything() && plan.breaks_children {
+            let will = if self.record.is_some() { "no longer accept" } else { "will no longer accept" };
+            writeln!(
+                out,
+                "{HEADING}note{HEADING:#}: children of this image {will} it as their parent, as what it holds changes"
+            )?;
+        }
+        let (before, after) = (total(&plan.before), total(&plan.after));
+        let counts = format!("{before} before, {after} {}", if self.record.is_some() { "now" } else { "afterwards" });
+        match (self.record, plan.changes_anything()) {
+            (Some(record), _) => {
+                let record = show::path(record);
+                writeln!(out, "{file}: {GOOD}mended{GOOD:#}, errors and warnings: {counts}")?;
+                writeln!(out, "to undo: vhdkit repair {file} --restore {record}")
+            }
+            (None, true) => writeln!(
+                out,
+                "{file}: {FAINT}nothing was changed{FAINT:#}; with --apply, errors and warnings: {counts}"
+            ),
+            (None, false) if plan.actions.is_empty() => {
+                writeln!(out, "{file}: nothing of this can be mended for certain")
+            }
+            (None, false) => writeln!(
+                out,
+                "{file}: it could not be opened even if all of this were done, so nothing {}; see `vhdkit recover`",
+                if self.asked { "was changed" } else { "would be changed" }
+            ),
+        }
+    }
+}
+
+fn style_of(severity: Severity) -> anstyle::Style {
+    match severity {
+        Severity::Error => BAD,
+        Severity::Warning => DOUBTFUL,
+        Severity::Note => FAINT,
+    }
+}
+
+fn total(report: &CheckReport) -> u64 {
+    report.errors.saturating_add(report.warnings)
+}
+
+fn counts_json(report: &CheckReport) -> Value {
+    json!({ "errors": report.errors, "warnings": report.warnings, "notes": report.notes })
+}

@@ -1,0 +1,413 @@
+//! Makes a new image of what can be found in a file that cannot be opened any more.
+//!
+//! ```text
+//! file --> headers, log, region tables, metadata --> sizes --> BAT --> blocks --> disk --> new image (as `convert`)
+//!          taken where they are whole,               given, read,      placed by entries, by what
+//!          searched for where they are not           or inferred       says where it is, by order
+//! ```
+//!
+//! The file is only read. Every part says how sure it is. What the entries of a whole BAT say is certain; where entries are
+//! gone, blocks are placed by structures of the file systems inside that know their own place, by their neighbours, and by
+//! the order of the file, since writers put blocks one behind the other as they are first written.
+
+mod disk;
+mod placing;
+mod report;
+mod signatures;
+mod structures;
+mod table;
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::Progress;
+use super::check::{CheckOptions, check};
+use super::convert::{ConvertOptions, Destination, Source, convert};
+use super::create::CreateOptions;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::finding::Code;
+use crate::format::geometry::Geometry;
+use crate::format::guid::Guid;
+use crate::format::{DISK_SIZE_MAX, HEADER_SECTION_BYTES};
+use crate::image::BlockDevice;
+use crate::storage::Storage;
+use crate::units::{MIB, round_up};
+
+use disk::RecoveredDisk;
+use placing::Placing;
+use report::Notes;
+use structures::{Structures, is_block_size, is_sector_size};
+use table::Table;
+
+pub use report::{Certainty, Part, RecoverReport};
+
+/// Blocks that are named in a report.
+const LOST_NAMED_MAX: usize = 100;
+/// Longest file that is recovered: places in it are kept as numbers of MiB with 32 bits, and nobody has a longer one.
+const FILE_BYTES_MAX: u64 = 1 << 50;
+
+/// How to recover, and what is known that the file does not say any more.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RecoverOptions<'a> {
+    /// Bytes of a block: a power of two from 1 MiB to 256 MiB.
+    pub block_size: Option<u32>,
+    /// Bytes of the disk.
+    pub disk_size: Option<u64>,
+    /// Bytes of a logical sector: 512 or 4096.
+    pub logical_sector_size: Option<u32>,
+    /// The parent of a differencing disk. Without it what only the parent has reads as zeros.
+    pub parent: Option<&'a dyn BlockDevice>,
+}
+
+/// What was found of an image, before anything is written.
+#[derive(Debug)]
+pub struct Found {
+    notes: Notes,
+    structures: Structures,
+    geometry: Geometry,
+    physical_sector_size: u32,
+    table: Table,
+    placing: Placing,
+    /// Blocks that are partially present and have no bitmap.
+    without_bitmap: u64,
+}
+
+/// Looks for everything that is left in a file. Nothing is written.
+///
+/// # Errors
+/// [`NotVhdx`](ErrorKind::NotVhdx) when nothing in it is of a VHDX, [`Truncated`](ErrorKind::Truncated) when nothing of the
+/// disk is left, [`InvalidArgument`](ErrorKind::InvalidArgument) for options that are not possible,
+/// [`Cancelled`](ErrorKind::Cancelled), and when reading fails.
+pub fn find(
+    storage: &Arc<dyn Storage>,
+    name: Option<&Path>,
+    options: &RecoverOptions<'_>,
+    progress: &dyn Progress,
+) -> Result<Found> {
+    let mut notes = Notes::default();
+    let size = storage.len().map_err(|error| Error::io("cannot tell the length of the file", error))?;
+    if size > FILE_BYTES_MAX {
+        return Err(Error::new(ErrorKind::Limit, "files of more than 1 PiB are not recovered"));
+    }
+    if size < HEADER_SECTION_BYTES {
+        return Err(nothing_left(storage, name, progress)?);
+    }
+    let mut structures = structures::find(storage, &mut notes, progress)?;
+    let parameters = &structures.parameters;
+    let searched = if structures.bat.is_none() { table::search(&structures, progress)? } else { None };
+    let is_vhdx = notes.parts.iter().any(|part| part.name == "headers" && part.certainty == Certainty::Certain);
+    let any = structures.bat.is_some() || searched.is_some() || structures.metadata.is_some() || is_vhdx;
+    if !any {
+        return Err(nothing_left(storage, name, progress)?);
+    }
+    let bat_start = structures.bat.as_ref().map(|bat| bat.start).or(searched.as_ref().map(|found| found.start));
+    let inferred = match (bat_start, parameters.block_size) {
+        (Some(start), None) => {
+            searched.as_ref().and_then(|found| found.block_size).or(table::infer_block_size(&structures.view, start)?)
+        }
+        _ => None,
+    };
+    let used = match (&structures.bat, &searched) {
+        (Some(bat), _) => table::used_entries(&structures.view, bat)?,
+        (None, Some(found)) => found.entries,
+        (None, None) => 0,
+    };
+    let (geometry, physical_sector_size) = sizes(&structures, options, inferred, (bat_start, used), &mut notes)?;
+    if let (None, Some(found)) = (&structures.bat, &searched) {
+        let length = round_up(geometry.bat_entries() * 8, MIB).unwrap_or(MIB); // at most 513 MiB
+        structures.bat = Some(found.start..found.start.saturating_add(length));
+        notes.part("BAT", Certainty::Guessed, format!("found by its shape at {:#x}", found.start));
+    }
+    let taken = taken(&structures);
+    let is_taken = |range: &Range<u64>| taken.iter().any(|other| other.start < range.end && range.start < other.end);
+    let table = match &structures.bat {
+        Some(bat) => table::read(&structures.view, bat.start, &geometry, &is_taken)?,
+        None => Table::default(),
+    };
+    let has_table = !table.placed.is_empty() || used > 0;
+    let placing = placing::place(&structures.view, &geometry, &table, &taken, has_table, progress)?;
+    describe_table(&mut notes, &structures, &table, &placing, has_table, searched.is_some());
+    let is_without = |placed: &&table::Placed| {
+        let chunk = geometry.chunk_of(crate::units::BlockIndex(u64::from(placed.block)));
+        placed.partial && !table.bitmaps.contains_key(&chunk.0)
+    };
+    let without_bitmap = placing.placed.iter().filter(is_without).count() as u64;
+    Ok(Found { notes, structures, geometry, physical_sector_size, table, placing, without_bitmap })
+}
+
+/// Makes a new image of what is left in a file. `target` is empty storage, or a block device, all of which is overwritten;
+/// nothing is synced. The new image is dynamic, or fixed when the old one was, and has no parent.
+///
+/// ```
+/// use std::sync::Arc;
+/// use vhdkit::image::{BlockDevice, OpenOptions};
+/// use vhdkit::ops::create::{CreateOptions, create};
+/// use vhdkit::ops::recover::{RecoverOptions, recover};
+/// use vhdkit::storage::{MemoryStorage, Storage};
+///
+/// # fn main() -> vhdkit::Result<()> {
+/// let broken: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+/// create(&broken, &CreateOptions::new(64 << 20), &())?;
+/// let image = OpenOptions::new().write(true).open(Arc::clone(&broken), None)?;
+/// image.write_at(b"precious", 40 << 20)?;
+/// image.close()?;
+/// broken.write_at(&[0; 1 << 20], 0).unwrap(); // headers and region tables are gone
+///
+/// let target: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+/// let report = recover(&broken, None, &target, &RecoverOptions::default(), &())?;
+/// let mut bytes = [0; 8];
+/// OpenOptions::new().open(target, None)?.read_at(&mut bytes, 40 << 20)?;
+/// assert_eq!(&bytes, b"precious");
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// As [`find`] and [`convert`].
+pub fn recover(
+    storage: &Arc<dyn Storage>,
+    name: Option<&Path>,
+    target: &Arc<dyn Storage>,
+    options: &RecoverOptions<'_>,
+    progress: &dyn Progress,
+) -> Result<RecoverReport> {
+    let found = find(storage, name, options, progress)?;
+    write(found, target, options, progress)
+}
+
+fn write(
+    found: Found,
+    target: &Arc<dyn Storage>,
+    options: &RecoverOptions<'_>,
+    progress: &dyn Progress,
+) -> Result<RecoverReport> {
+    let Found { mut notes, structures, geometry, physical_sector_size, table, placing, without_bitmap } = found;
+    let parameters = &structures.parameters;
+    let disk_id = parameters.disk_id.unwrap_or_else(Guid::random);
+    if parameters.disk_id.is_none() {
+        notes.part("disk identity", Certainty::Lost, "a new one was drawn");
+    }
+    let without_parent = geometry.is_differencing() && options.parent.is_none();
+    let (lost, named): (u64, Vec<u64>) =
+        (placing.lost.len() as u64, placing.lost.iter().take(LOST_NAMED_MAX).copied().collect());
+    let guessed = placing.placed.iter().filter(|placed| placed.guessed).count() as u64 + without_bitmap;
+    let all = placing.placed.len() as u64;
+    let fixed = parameters.fixed && !geometry.is_differencing();
+    let disk = RecoveredDisk {
+        view: &structures.view,
+        geometry,
+        physical_sector_size,
+        disk_id,
+        placed: placing.placed,
+        bitmaps: table.bitmaps,
+        zero: table.zero,
+        parent: options.parent,
+    };
+    let layout = CreateOptions {
+        disk_type: if fixed { super::create::NewDiskType::Fixed } else { super::create::NewDiskType::Dynamic },
+        block_size: u32::try_from(geometry.block_size()).ok(),
+        disk_id: Some(disk_id),
+        ..CreateOptions::default()
+    };
+    let destination = Destination::Vhdx { storage: target, layout: &layout, spill: None };
+    let converted = convert(Source::Disk(&disk), destination, &ConvertOptions::default(), progress)?;
+    Ok(RecoverReport {
+        parts: notes.parts,
+        disk_size: geometry.disk_size(),
+        block_size: geometry.block_size(),
+        logical_sector_size: u32::try_from(geometry.logical_sector_size()).unwrap_or_default(),
+        blocks_certain: all.saturating_sub(guessed),
+        blocks_guessed: guessed,
+        blocks_lost: lost,
+        bytes_unplaced: placing.bytes_unplaced,
+        unplaced: placing.unplaced,
+        lost: named,
+        without_parent,
+        recognised: placing.recognised.into_iter().collect(),
+        file_size: converted.file_size,
+    })
+}
+
+/// The error for a file in which nothing is found: as `check` says it, where it is no VHDX.
+fn nothing_left(storage: &Arc<dyn Storage>, name: Option<&Path>, progress: &dyn Progress) -> Result<Error> {
+    let report = check(storage, name, &CheckOptions::default(), progress)?;
+    let foreign = report.findings.iter().find(|finding| finding.code() == Code::FileSignature);
+    Ok(foreign.map_or_else(
+        || {
+            Error::new(ErrorKind::Truncated, "nothing of the disk is left in this file")
+                .with_hint("get another copy of it")
+        },
+        Error::from_finding,
+    ))
+}
+
+/// The ranges that structures take.
+fn taken(found: &Structures) -> Vec<Range<u64>> {
+    let mut taken: Vec<Range<u64>> = std::iter::once(0..HEADER_SECTION_BYTES).collect();
+    taken.extend([&found.log, &found.metadata, &found.bat].into_iter().flatten().cloned());
+    taken.extend(found.regions.iter().cloned());
+    taken
+}
+
+/// Sizes as they are given, as the metadata says, or as they can be inferred.
+fn sizes(
+    found: &Structures,
+    options: &RecoverOptions<'_>,
+    inferred: Option<u32>,
+    (bat_start, used_entries): (Option<u64>, u64),
+    notes: &mut Notes,
+) -> Result<(Geometry, u32)> {
+    let invalid = |what: String| Error::new(ErrorKind::InvalidArgument, what);
+    let parameters = &found.parameters;
+    if let Some(size) = options.block_size.filter(|size| !is_block_size(*size)) {
+        return Err(invalid(format!("a block size of {size} bytes is not possible")));
+    }
+    if let Some(size) = options.logical_sector_size.filter(|size| !is_sector_size(*size)) {
+        return Err(invalid(format!("a sector size of {size} bytes is not possible")));
+    }
+    let logical = options.logical_sector_size.or(parameters.logical_sector_size).unwrap_or(512);
+    if options.logical_sector_size.or(parameters.logical_sector_size).is_none() {
+        notes.part("sector size", Certainty::Guessed, "512 bytes, as nearly every disk has");
+    }
+    let physical = parameters.physical_sector_size.unwrap_or(4096).max(logical);
+    let block_size = match (options.block_size.or(parameters.block_size), inferred) {
+        (Some(known), _) => known,
+        (None, Some(inferred)) => {
+            notes.part("block size", Certainty::Guessed, format!("{inferred} bytes: blocks lie that far apart"));
+            inferred
+        }
+        (None, None) => {
+            notes.part(
+                "block size",
+                Certainty::Guessed,
+                "1 MiB: with no table its blocks are taken in the order of the file",
+            );
+            1 << 20
+        }
+    };
+    let has_parent = parameters.has_parent.unwrap_or(options.parent.is_some());
+    let entries_size = entries_to_bytes(used_entries, block_size, logical);
+    let known = options.disk_size.or(parameters.disk_size);
+    let disk_size = match known {
+        Some(size) => size,
+        None => inferred_disk_size(found, options, entries_size, bat_start, notes)?,
+    };
+    let disk_size = round_up(disk_size, u64::from(logical)).unwrap_or(disk_size).min(DISK_SIZE_MAX);
+    let geometry = Geometry::new(disk_size, block_size, logical, has_parent);
+    let geometry = geometry.ok_or_else(|| {
+        let what = format!("a disk of {disk_size} bytes in blocks of {block_size} is not possible");
+        if disk_size == 0 {
+            return Error::new(ErrorKind::Truncated, "nothing of the disk is left in this file")
+                .with_hint("give its size with --size if you know it");
+        }
+        invalid(what)
+    })?;
+    Ok((geometry, physical))
+}
+
+/// The disk that so many entries make.
+fn entries_to_bytes(entries: u64, block_size: u32, logical: u32) -> u64 {
+    let Some(any) = Geometry::new(DISK_SIZE_MAX, block_size, logical, false) else { return 0 };
+    let bitmaps = entries / (any.chunk_ratio() + 1);
+    (entries - bitmaps).saturating_mul(u64::from(block_size))
+}
+
+/// The size of the disk by what is on it, by its parent, by its entries, or by the file.
+fn inferred_disk_size(
+    found: &Structures,
+    options: &RecoverOptions<'_>,
+    entries_size: u64,
+    bat_start: Option<u64>,
+    notes: &mut Notes,
+) -> Result<u64> {
+    if let Some((size, certainty, what)) =
+        size_by_contents(found, bat_start)?.filter(|(size, ..)| *size <= DISK_SIZE_MAX)
+    {
+        let size = size.max(entries_size);
+        notes.part("disk size", certainty, format!("{size} bytes, by the {what} on it"));
+        return Ok(size);
+    }
+    if let Some(parent) = options.parent {
+        notes.part("disk size", Certainty::Guessed, "the parent's");
+        return Ok(parent.size().max(entries_size));
+    }
+    if entries_size > 0 {
+        notes.part(
+            "disk size",
+            Certainty::Guessed,
+            format!("{entries_size} bytes: up to the last block with an entry"),
+        );
+        return Ok(entries_size);
+    }
+    let taken: u64 =
+        taken(found).iter().map(|range| range.end.min(found.view.size()).saturating_sub(range.start)).sum();
+    let rest = found.view.size().saturating_sub(taken);
+    notes.part(
+        "disk size",
+        Certainty::Guessed,
+        format!("{rest} bytes: all of the file that is not known to be something else"),
+    );
+    Ok(rest)
+}
+
+/// What the beginning of the disk says about its size.
+fn size_by_contents(found: &Structures, bat_start: Option<u64>) -> Result<Option<(u64, Certainty, &'static str)>> {
+    let view = &found.view;
+    let start = match bat_start {
+        Some(bat) => {
+            let raw: [u8; 8] = structures::bytes(view, bat, 8)?.try_into().unwrap_or_default();
+            let entry = crate::format::bat::BatEntry(u64::from_le_bytes(raw));
+            Some(entry.file_offset().0).filter(|start| *start != 0 && entry.state_number() >= 6)
+        }
+        None => {
+            let behind = taken(found).iter().map(|range| range.end).max().unwrap_or(HEADER_SECTION_BYTES);
+            view.next_data(behind..view.size().max(behind))?.map(|data| data.start - data.start % MIB)
+        }
+    };
+    let Some(start) = start.filter(|start| *start < view.size()) else { return Ok(None) };
+    let head = structures::bytes(view, start, 64 << 10)?;
+    let signs = signatures::find(head.get(..signatures::HEAD_BYTES).unwrap_or_default(), &[], MIB);
+    let gpt = signs.iter().find_map(|sign| match sign.says {
+        signatures::Says::OnDisk { disk_size, what, .. } => Some((disk_size, Certainty::Certain, what)),
+        _ => None,
+    });
+    let whole = signs.iter().find_map(|sign| match sign.says {
+        signatures::Says::InFileSystem { size, what, offset: 0..=1024, .. } => Some((size, Certainty::Guessed, what)),
+        signatures::Says::PartitionStart { size, what, guest: 0 } => Some((size, Certainty::Guessed, what)),
+        _ => None,
+    });
+    let end = signatures::partitions(&head).into_iter().map(|(_, end)| end).max();
+    let partitioned = end.and_then(|end| round_up(end, MIB)).map(|end| (end, Certainty::Guessed, "partition table"));
+    Ok(gpt.or(whole).or(partitioned))
+}
+
+/// Says what became of the BAT.
+fn describe_table(
+    notes: &mut Notes,
+    found: &Structures,
+    table: &Table,
+    placing: &Placing,
+    has_table: bool,
+    searched: bool,
+) {
+    if found.bat.is_none() || !has_table {
+        if placing.placed.is_empty() && placing.bytes_unplaced == 0 {
+            notes.part("BAT", Certainty::Certain, "no block has data");
+        } else {
+            notes.part("BAT", Certainty::Lost, "blocks are placed in the order of the file");
+        }
+        return;
+    }
+    if searched {
+        return; // said already
+    }
+    let broken = table.broken.len();
+    let added = placing.placed.len().saturating_sub(table.placed.len());
+    if broken == 0 && added == 0 {
+        notes.part("BAT", Certainty::Certain, format!("{} blocks with data", table.placed.len()));
+    } else {
+        let what = format!("{broken} damaged entries, {added} blocks placed without theirs");
+        notes.part("BAT", Certainty::Guessed, what);
+    }
+}

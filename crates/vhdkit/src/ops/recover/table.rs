@@ -1,0 +1,300 @@
+//! The BAT: read from where it is, or found by its shape.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::structures::{Structures, bat_limit};
+use crate::error::Result;
+use crate::format::HEADER_SECTION_BYTES;
+use crate::format::bat::{BITMAP_PRESENT, BatEntry, PayloadState};
+use crate::format::geometry::{BAT_ENTRY_BYTES, BITMAP_BLOCK_BYTES, BatSlot, Geometry};
+use crate::image::view::View;
+use crate::ops::{Progress, advance};
+use crate::units::{BatIndex, MIB};
+
+/// Bytes read at once.
+const WINDOW_BYTES: u64 = 64 << 10;
+/// Entries of a sector: what a medium loses at once.
+const SECTOR_ENTRIES: u64 = 64;
+/// Entries with data that a stretch must have to be taken for a BAT.
+const PRESENT_MIN: u64 = 2;
+
+/// A block that an entry places.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Placed {
+    /// Its number.
+    pub(super) block: u32,
+    /// Where it is in the file, in MiB.
+    pub(super) mib: u32,
+    pub(super) partial: bool,
+    /// It was not placed by an entry in which nothing is wrong.
+    pub(super) guessed: bool,
+}
+
+/// Everything that entries say.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    /// In the order of the disk.
+    pub(super) placed: Vec<Placed>,
+    /// Where the sector bitmap of a chunk is, in MiB.
+    pub(super) bitmaps: BTreeMap<u64, u32>,
+    /// Blocks that read as zeros whatever a parent has, joined.
+    pub(super) zero: Vec<Range<u64>>,
+    /// Blocks whose entries cannot be, each with the place that its entry names, in MiB, right or wrong.
+    pub(super) broken: Vec<(u64, u64)>,
+    /// Space that blocks without data keep, in MiB: nobody else's.
+    pub(super) kept: Vec<u64>,
+    /// Blocks without data whose entries lie in a sector of the BAT that is zero as a whole, joined.
+    pub(super) blank: Vec<Range<u64>>,
+}
+
+/// Calls `visit` with every entry that is not zero, in order; what the file has as a hole is passed over.
+fn walk(view: &View, start: u64, entries: u64, visit: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    let end = start.saturating_add(entries.saturating_mul(BAT_ENTRY_BYTES));
+    let mut position = start;
+    while position < end {
+        let Some(data) = view.next_data(position..end)? else { break };
+        let from = data.start - (data.start - start) % BAT_ENTRY_BYTES;
+        let until = end.min(from + WINDOW_BYTES);
+        let raw = view.read_vec(from..until)?;
+        for (number, raw) in (0_u64..).zip(raw.as_chunks::<8>().0) {
+            let raw = u64::from_le_bytes(*raw);
+            if raw != 0 {
+                visit((from - start) / BAT_ENTRY_BYTES + number, raw);
+            }
+        }
+        position = until;
+    }
+    Ok(())
+}
+
+/// Reads every entry of a disk of known geometry.
+pub(super) fn read(view: &View, start: u64, geometry: &Geometry, taken: &dyn Fn(&Range<u64>) -> bool) -> Result<Table> {
+    let mut table = Table::default();
+    let size = view.size();
+    let mut last_used = None;
+    let mut blank = |from: u64, until: u64| {
+        // Only whole sectors of zeros count.
+        let (first, end) = (from.next_multiple_of(SECTOR_ENTRIES), until / SECTOR_ENTRIES * SECTOR_ENTRIES);
+        push_blocks(&mut table.blank, geometry, first..end.max(first));
+    };
+    walk(view, start, geometry.bat_entries(), &mut |index, _| {
+        blank(last_used.map_or(0, |last: u64| last + 1), index);
+        last_used = Some(index);
+    })?;
+    blank(last_used.map_or(0, |last: u64| last + 1), geometry.bat_entries());
+    walk(view, start, geometry.bat_entries(), &mut |index, raw| {
+        let entry = BatEntry(raw);
+        match geometry.slot(BatIndex(index)) {
+            BatSlot::Bitmap(chunk) => {
+                let range = entry.file_offset().0..entry.file_offset().0.saturating_add(BITMAP_BLOCK_BYTES);
+                let usable = entry.state_number() == BITMAP_PRESENT && entry.reserved() == 0 && range.end <= size;
+                if let Ok(mib) = u32::try_from(range.start / MIB)
+                    && usable
+                    && geometry.is_differencing()
+                    && !taken(&range)
+                {
+                    table.bitmaps.insert(chunk.0, mib);
+                }
+            }
+            BatSlot::Payload(block) if block.0 < geometry.payload_blocks() => {
+                table.payload(geometry, block.0, entry, size, taken);
+            }
+            BatSlot::Payload(_) => {}
+        }
+    })?;
+    Ok(table)
+}
+
+/// Adds the blocks of a range of entries to a list of ranges.
+fn push_blocks(list: &mut Vec<Range<u64>>, geometry: &Geometry, entries: Range<u64>) {
+    for index in entries {
+        if let BatSlot::Payload(block) = geometry.slot(BatIndex(index))
+            && block.0 < geometry.payload_blocks()
+        {
+            push(list, block.0);
+        }
+    }
+}
+
+fn push(list: &mut Vec<Range<u64>>, block: u64) {
+    match list.last_mut() {
+        Some(last) if last.end == block => last.end += 1,
+        _ => list.push(block..block + 1),
+    }
+}
+
+impl Table {
+    fn payload(
+        &mut self,
+        geometry: &Geometry,
+        block: u64,
+        entry: BatEntry,
+        size: u64,
+        taken: &dyn Fn(&Range<u64>) -> bool,
+    ) {
+        let offset = entry.file_offset().0;
+        let state = entry.payload_state().filter(|_| entry.reserved() == 0 && entry.state_number() != 5);
+        let length = geometry.block_range(crate::units::BlockIndex(block));
+        let range = offset..offset.saturating_add(length.end - length.start);
+        match state {
+            // Without data, and with a place: the state may be what is damaged.
+            Some(PayloadState::NotPresent | PayloadState::Zero) if offset != 0 => {
+                self.broken.push((block, offset / MIB))
+            }
+            Some(PayloadState::NotPresent) => {}
+            Some(PayloadState::Zero | PayloadState::Unmapped | PayloadState::Undefined) => {
+                push(&mut self.zero, block);
+                if offset != 0 {
+                    self.kept.push(offset / MIB);
+                }
+            }
+            Some(PayloadState::FullyPresent | PayloadState::PartiallyPresent) => {
+                let partial = state == Some(PayloadState::PartiallyPresent);
+                let lies_well = offset >= HEADER_SECTION_BYTES && offset < size && !taken(&range);
+                match (u32::try_from(block), u32::try_from(offset / MIB)) {
+                    (Ok(block), Ok(mib)) if lies_well => {
+                        let guessed = partial && !geometry.is_differencing();
+                        self.placed.push(Placed { block, mib, partial: partial && !guessed, guessed });
+                    }
+                    _ => self.broken.push((block, offset / MIB)),
+                }
+            }
+            None => self.broken.push((block, offset / MIB)),
+        }
+    }
+}
+
+/// What a stretch of the file looks like as a BAT.
+#[derive(Clone, Debug, Default)]
+struct Shape {
+    /// The last entry that is used.
+    last: u64,
+    /// Where blocks are, in MiB.
+    mibs: Vec<u64>,
+}
+
+/// Most entries that are looked at to judge a shape.
+const SHAPE_ENTRIES_MAX: u64 = 1 << 20;
+
+fn shape(view: &View, start: u64) -> Result<Shape> {
+    let size = view.size();
+    let mut shape = Shape::default();
+    let limit = bat_limit(view, start).min(SHAPE_ENTRIES_MAX * BAT_ENTRY_BYTES);
+    let mut done = 0;
+    // A table is whole MiB long: one in which something cannot be an entry is not part of it.
+    while done < limit {
+        let (base, entries) = (done / BAT_ENTRY_BYTES, (limit - done).min(MIB) / BAT_ENTRY_BYTES);
+        let (mut wrong, mut present, mut last) = (false, Vec::new(), None);
+        walk(view, start + done, entries, &mut |index, raw| {
+            let entry = BatEntry(raw);
+            let offset = entry.file_offset().0;
+            let fits = offset >= HEADER_SECTION_BYTES && offset < size;
+            let is_present = matches!(entry.state_number(), 6 | 7);
+            let possible = is_present && fits || entry.state_number() < 4 && (offset == 0 || fits);
+            wrong |= entry.reserved() != 0 || !possible;
+            last = Some(base + index);
+            if is_present {
+                present.push(offset / MIB);
+            }
+        })?;
+        if wrong {
+            break;
+        }
+        shape.last = last.unwrap_or(shape.last);
+        shape.mibs.extend(present);
+        done += MIB;
+    }
+    Ok(shape)
+}
+
+/// A BAT that was found by its shape.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct FoundTable {
+    pub(super) start: u64,
+    /// Entries up to the last one that is used.
+    pub(super) entries: u64,
+    /// The block size that the distances between blocks show.
+    pub(super) block_size: Option<u32>,
+}
+
+/// Looks for a BAT at every MiB that nothing else is known to take. A table in which blocks share places is none.
+pub(super) fn search(found: &Structures, progress: &dyn Progress) -> Result<Option<FoundTable>> {
+    let view = &found.view;
+    let size = view.size();
+    let mut offset = HEADER_SECTION_BYTES;
+    let mut best: Option<(u64, FoundTable)> = None;
+    while offset < size {
+        advance(progress, offset, Some(size))?;
+        let Some(data) = view.next_data(offset..size)? else { break };
+        let next = data.start - data.start % MIB;
+        if next > offset {
+            offset = next;
+            continue;
+        }
+        let known = [&found.log, &found.metadata];
+        let is_known = known.into_iter().flatten().any(|range| range.contains(&offset));
+        if !is_known && looks_like_a_table(view, offset)? {
+            let mut shape = shape(view, offset)?;
+            let own = offset / MIB;
+            shape.mibs.sort_unstable();
+            let distinct = shape.mibs.windows(2).all(|pair| pair.first() != pair.last());
+            let elsewhere = shape.mibs.binary_search(&own).is_err();
+            let score = shape.mibs.len() as u64;
+            let better = best.as_ref().is_none_or(|(other, _)| score > *other);
+            if distinct && elsewhere && score >= PRESENT_MIN && better {
+                let table =
+                    FoundTable { start: offset, entries: shape.last + 1, block_size: block_size(&shape.mibs, size) };
+                best = Some((score, table));
+                if score >= 64 {
+                    break; // no chance makes so many
+                }
+            }
+        }
+        offset += MIB;
+    }
+    Ok(best.map(|(_, table)| table))
+}
+
+/// A first look, cheap: the first page holds nothing that cannot be an entry.
+fn looks_like_a_table(view: &View, offset: u64) -> Result<bool> {
+    let size = view.size();
+    let page = view.read_vec(offset..size.min(offset + 4096))?;
+    Ok(page.as_chunks::<8>().0.iter().all(|raw| {
+        let entry = BatEntry(u64::from_le_bytes(*raw));
+        let there = entry.file_offset().0;
+        entry.reserved() == 0 && !matches!(entry.state_number(), 4 | 5) && (there == 0 || there < size)
+    }))
+}
+
+/// The block size that distances between blocks show: blocks that lie side by side are one block apart.
+fn block_size(sorted: &[u64], size: u64) -> Option<u32> {
+    let mut counts: BTreeMap<u64, u64> = BTreeMap::new();
+    for pair in sorted.windows(2) {
+        if let [first, second] = pair {
+            let gap = second - first; // sorted
+            if gap.is_power_of_two() && gap <= 256 {
+                *counts.entry(gap).or_default() += 1;
+            }
+        }
+    }
+    let common = counts.into_iter().max_by_key(|(gap, count)| (*count, *gap)).map(|(gap, _)| gap);
+    let behind_last = sorted.last().map(|last| (size / MIB).saturating_sub(*last)).filter(|gap| gap.is_power_of_two());
+    common.or(behind_last).and_then(|mib| u32::try_from(mib * MIB).ok())
+}
+
+/// The block size that a BAT at a known place shows.
+pub(super) fn infer_block_size(view: &View, start: u64) -> Result<Option<u32>> {
+    let mut shape = shape(view, start)?;
+    shape.mibs.sort_unstable();
+    shape.mibs.dedup();
+    Ok(block_size(&shape.mibs, view.size()))
+}
+
+/// Entries up to the last one that is used, of a BAT at a known place.
+pub(super) fn used_entries(view: &View, range: &Range<u64>) -> Result<u64> {
+    let mut used = 0;
+    let length = range.end.saturating_sub(range.start).min(bat_limit(view, range.start));
+    walk(view, range.start, length / BAT_ENTRY_BYTES, &mut |index, _| used = index + 1)?;
+    Ok(used)
+}
