@@ -4,6 +4,7 @@
 //! uses, and the table, which changes at one instant, names the new place. What nobody names any more is left as it is.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 
 use zerocopy::{FromBytes, IntoBytes};
@@ -216,8 +217,8 @@ fn place(region: u64, list: &[RawEntry], fresh: &[(u64, Vec<u8>)], length: u64) 
 fn patch(pages: &mut BTreeMap<u64, Vec<u8>>, offset: u64, bytes: &[u8], read: &mut ReadRegion<'_>) -> Result<()> {
     for (position, byte) in (offset..).zip(bytes) {
         let start = position - position % PAGE;
-        if !pages.contains_key(&start) {
-            pages.insert(start, read(start..start + PAGE)?);
+        if let Entry::Vacant(page) = pages.entry(start) {
+            page.insert(read(start..start + PAGE)?);
         }
         let index = usize::try_from(position % PAGE).unwrap_or(usize::MAX);
         if let Some(to) = pages.get_mut(&start).and_then(|page| page.get_mut(index)) {

@@ -38,11 +38,11 @@ impl Shared {
     /// Makes sure that the session has started: new write GUIDs in both headers, a dirty log replayed in place. False when
     /// it would have to wait and must not.
     pub(super) fn start(&self, writer: &Writer, wait: Wait) -> Result<bool> {
-        self.start_as(writer, wait, Identity::New)
+        self.start_session(writer, wait, Identity::New)
     }
 
     /// The same with an identity. In a session that has started already nothing happens.
-    pub(super) fn start_as(&self, writer: &Writer, wait: Wait, identity: Identity) -> Result<bool> {
+    pub(super) fn start_session(&self, writer: &Writer, wait: Wait, identity: Identity) -> Result<bool> {
         if writer.started.load(Ordering::SeqCst) {
             return Ok(true);
         }

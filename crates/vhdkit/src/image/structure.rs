@@ -65,7 +65,7 @@ impl Image {
         let shared = &*self.shared;
         let writer = shared.writer.get().ok_or_else(read_only)?;
         let active = writer.enter()?;
-        shared.start_as(writer, Wait::Yes, identity)?;
+        shared.start_session(writer, Wait::Yes, identity)?;
         Ok(Edit { shared, writer, _active: active })
     }
 
@@ -74,13 +74,6 @@ impl Image {
         if let Some(writer) = self.shared.writer.get() {
             writer.cuts.store(true, Ordering::SeqCst);
         }
-    }
-
-    /// The data write GUID as it is now.
-    pub(crate) fn data_write_guid(&self) -> Option<Guid> {
-        let writer = self.shared.writer.get()?;
-        let commit = writer.lock_commit(Wait::Yes)?;
-        Some(commit.headers.current().data_write_guid)
     }
 
     /// Moves the log to a lower place if it is what keeps the file long. False when it is not, or there is no such place. The

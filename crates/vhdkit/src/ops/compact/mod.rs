@@ -3,14 +3,17 @@
 mod blocks;
 mod moving;
 
+use std::ops::ControlFlow;
+
 use super::edit::{finish, refused, top};
 use super::{Progress, advance};
 use crate::error::Result;
 use crate::format::bat::PayloadState;
 use crate::format::geometry::BITMAP_BLOCK_BYTES;
+use crate::guest::{Table, VolumeState, survey};
 use crate::image::session::Identity;
 use crate::image::structure::Edit;
-use crate::image::{Image, Layer};
+use crate::image::{BlockDevice as _, Image, Layer};
 use crate::units::{BlockIndex, MIB};
 use blocks::{BlockSet, FreeBlocks, Unneeded, find_unneeded};
 
@@ -138,8 +141,38 @@ fn free_blocks(
     report: &mut CompactReport,
     progress: &dyn Progress,
 ) -> Result<BlockSet> {
-    let _ = (image, options, report, progress);
-    Ok(FreeBlocks::new(1, 1).blocks)
+    let mut free = FreeBlocks::new(image.size(), image.geometry().block_size());
+    if !options.filesystems {
+        return Ok(free.blocks);
+    }
+    let survey = survey(image, progress)?;
+    report.remarks.extend(survey.remarks.iter().cloned());
+    if let Table::Unusable { reason } = &survey.table {
+        report.remarks.push(format!("the partition table cannot be followed: {reason}"));
+    }
+    for volume in &survey.volumes {
+        let place = match &volume.partition {
+            Some(partition) => format!("partition {}", partition.number),
+            None => "the whole disk".to_owned(),
+        };
+        match &volume.state {
+            VolumeState::Readable { cluster_bytes, free_bytes, .. } => {
+                let kind = volume.kind;
+                let gib = free_bytes / MIB;
+                report.remarks.push(format!("{place}: {kind}, {gib} MiB free in units of {cluster_bytes} bytes"));
+            }
+            VolumeState::LeftAlone { reason } => {
+                report.remarks.push(format!("{place}: {}, left alone: {reason}", volume.kind));
+            }
+        }
+        volume.visit_free(image, &mut |range| {
+            free.add(&range);
+            ControlFlow::Continue(())
+        })?;
+        free.end_run();
+        advance(progress, 0, None)?;
+    }
+    Ok(free.blocks)
 }
 
 /// About how long the file will be: everything that is owned, one after the other.
