@@ -3,11 +3,13 @@
 //! Nothing is decided here. Each command turns its arguments into a plan, and then runs the plan.
 
 mod chains;
+pub(crate) mod maintain;
 
 use std::path::PathBuf;
 
 pub(crate) use chains::{ApplyArgs, ChainArgs, DiffArgs};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+pub(crate) use maintain::{CompactArgs, MergeArgs, ReparentArgs, ResizeArgs, SetArgs};
 use vhdkit::format::guid::Guid;
 
 use crate::args_mending::RepairArgs;
@@ -129,6 +131,11 @@ pub(crate) enum Command {
     Discard(DiscardArgs),
     Replay(ReplayArgs),
     Repair(RepairArgs),
+    Resize(ResizeArgs),
+    Compact(CompactArgs),
+    Merge(MergeArgs),
+    Reparent(ReparentArgs),
+    Set(SetArgs),
     Serve(ServeArgs),
     Map(MapArgs),
     Measure(MeasureArgs),
@@ -145,6 +152,7 @@ pub(crate) enum Command {
   vhdkit info disk.vhdx
   vhdkit info --json disk.vhdx
   vhdkit info --dump disk.vhdx
+  vhdkit info disk.vhdx --user-metadata 9a1c5b1e-0000-4000-8000-0123456789ab > notes.txt
   vhdkit info --parent-dir /vms/base child.avhdx")]
 pub(crate) struct InfoArgs {
     /// The image
@@ -153,6 +161,9 @@ pub(crate) struct InfoArgs {
     /// Show every structure of the file, both copies
     #[arg(long)]
     pub(crate) dump: bool,
+    /// Print the bytes of this item of a user, and nothing else
+    #[arg(long, value_name = "GUID", value_parser = maintain::parse_guid, conflicts_with = "dump")]
+    pub(crate) user_metadata: Option<Guid>,
     #[command(flatten)]
     pub(crate) from: FromArgs,
 }

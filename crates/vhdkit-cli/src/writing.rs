@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use vhdkit::format::header::{HEADER_BYTES, OFFSETS};
-use vhdkit::image::{BlockDevice as _, Image, Layer, OpenOptions};
+use vhdkit::image::{BlockDevice as _, Image, Layer, OpenOptions, ReplayReport};
 use vhdkit::storage::{FileSystem, Storage};
 use vhdkit::{Error, ErrorKind};
 
@@ -42,6 +42,14 @@ impl<'a> Session<'a> {
         Ok(Self::begin(context, path, image))
     }
 
+    /// Opens an image for writing without its parents: for what concerns the file alone.
+    pub(crate) fn open_alone(context: &'a Context, path: &'a Path, args: &WritingArgs) -> Result<Self, Failure> {
+        check(context, path, args.from.from)?;
+        let image = OpenOptions::new().without_parents().write(true).replay(args.replay).open_path(path)?;
+        warn_about(context, &image);
+        Ok(Self::begin(context, path, image))
+    }
+
     /// Opens an image alone to put its log into place; `None` when it is clean, which is found by reading only.
     pub(crate) fn open_dirty(
         context: &'a Context,
@@ -57,6 +65,16 @@ impl<'a> Session<'a> {
         drop(image);
         let image = options.write(true).replay(true).open_path(path)?;
         Ok(Some(Self::begin(context, path, image)))
+    }
+
+    /// The image alone, for an operation that takes it, and who says afterwards what the user has to know.
+    pub(crate) fn into_parts(self) -> Result<(Image, Aftermath<'a>), Failure> {
+        let Self { image, context, path, headers } = self;
+        let layer = top(&image)?;
+        let aftermath =
+            Aftermath { context, path, headers, storage: Arc::clone(layer.storage()), replay: layer.replay().cloned() };
+        let image = Arc::try_unwrap(image).map_err(|_| Error::new(ErrorKind::Busy, "the image is in use"))?;
+        Ok((image, aftermath))
     }
 
     fn begin(context: &'a Context, path: &'a Path, image: Image) -> Self {
@@ -134,16 +152,54 @@ impl<'a> Session<'a> {
 
     /// For people, behind what was done.
     pub(crate) fn replayed_text(&self) -> String {
-        match self.replayed_entries() {
-            Some(1) => ", after replaying its log (1 entry)".to_owned(),
-            Some(entries) => format!(", after replaying its log ({entries} entries)"),
-            None => String::new(),
-        }
+        replayed_text(self.replayed_entries())
     }
 
     fn replayed_entries(&self) -> Option<u64> {
         let entries = self.image.layers().first()?.replay()?.entries;
         self.was_changed().then_some(entries)
+    }
+}
+
+/// What there is to say of an image that an operation has closed.
+#[derive(Debug)]
+pub(crate) struct Aftermath<'a> {
+    context: &'a Context,
+    path: &'a Path,
+    headers: Option<Vec<u8>>,
+    storage: Arc<dyn Storage>,
+    replay: Option<ReplayReport>,
+}
+
+impl Aftermath<'_> {
+    /// Names the image in an error, and warns of what does not know of a change.
+    pub(crate) fn name<T>(&self, worked: Result<T, Error>) -> Result<T, Failure> {
+        if self.was_changed() {
+            warn_of_change_tracking(self.context, self.path);
+        }
+        worked.map_err(|error| error.with_path(self.path).into())
+    }
+
+    fn was_changed(&self) -> bool {
+        self.headers != headers_of(&self.storage)
+    }
+
+    /// What was replayed, for scripts.
+    pub(crate) fn replayed_json(&self) -> Value {
+        self.replay.as_ref().filter(|_| self.was_changed()).map(replay_json).unwrap_or_default()
+    }
+
+    /// For people, behind what was done.
+    pub(crate) fn replayed_text(&self) -> String {
+        replayed_text(self.replay.as_ref().filter(|_| self.was_changed()).map(|replay| replay.entries))
+    }
+}
+
+fn replayed_text(entries: Option<u64>) -> String {
+    match entries {
+        Some(1) => ", after replaying its log (1 entry)".to_owned(),
+        Some(entries) => format!(", after replaying its log ({entries} entries)"),
+        None => String::new(),
     }
 }
 
@@ -196,12 +252,20 @@ fn top(image: &Image) -> Result<&Layer, Failure> {
 
 /// Both copies of the header as they are in the file now.
 fn headers(image: &Image) -> Option<Vec<u8>> {
-    let storage = image.layers().first()?.storage();
+    headers_of(image.layers().first()?.storage())
+}
+
+fn headers_of(storage: &Arc<dyn Storage>) -> Option<Vec<u8>> {
     let mut bytes = vec![0; HEADER_BYTES * OFFSETS.len()];
     for (copy, offset) in bytes.chunks_exact_mut(HEADER_BYTES).zip(OFFSETS) {
         storage.read_at(copy, offset).ok()?;
     }
     Some(bytes)
+}
+
+/// The same for the file of a layer.
+pub(crate) fn lock_warning_of(layer: &Layer) -> Option<String> {
+    FileSystem::of(layer.storage().as_file()?).ok().and_then(lock_warning)
 }
 
 /// What has to be said about writing to a file that lies there.

@@ -57,7 +57,7 @@ const READERS: [(&str, &[&str]); 18] = [
 ];
 
 /// Every command that changes an image.
-const WRITERS: [(&str, &[&str]); 6] = [
+const WRITERS: [(&str, &[&str]); 7] = [
     ("write", &["write", "@", "--offset", "0"]),
     ("zero", &["zero", "@", "--offset", "0", "--length", "1M"]),
     ("discard", &["discard", "@", "--offset", "0", "--length", "1M"]),

@@ -107,7 +107,7 @@ fn top(image: &Image) -> Result<&Layer, Failure> {
 }
 
 /// The way from the child's directory to the parent, as Windows writes it: `.\base.vhdx`, `..\bases\base.vhdx`.
-fn relative_windows_path(child: &Path, parent: &Path) -> Result<String, Failure> {
+pub(crate) fn relative_windows_path(child: &Path, parent: &Path) -> Result<String, Failure> {
     let canonical =
         |path: &Path| path.canonicalize().map_err(|error| file_error(path, "cannot find out where this is", error));
     let directory = child.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));

@@ -102,11 +102,6 @@ impl Space {
         self.owned.find_free(0, self.zero_from.min(limit), length).is_some() || self.zero_from + length <= limit
     }
 
-    /// Bytes that something owns.
-    pub(crate) fn owned_bytes(&self) -> u64 {
-        self.owned.count() * MIB
-    }
-
     /// Where the last owned MiB below a file offset ends.
     pub(crate) fn used_end_below(&self, offset: u64) -> u64 {
         self.owned.end_below(offset / MIB) * MIB

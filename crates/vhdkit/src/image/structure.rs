@@ -90,11 +90,6 @@ impl Image {
         self.shared.writer.get().is_some_and(|writer| writer.meta().space.has_run(bytes, end))
     }
 
-    /// Bytes that something owns.
-    pub(crate) fn owned_bytes(&self) -> Option<u64> {
-        Some(self.shared.writer.get()?.meta().space.owned_bytes())
-    }
-
     /// Bytes from the start of the file to the end of the last thing that is owned.
     pub(crate) fn used_end(&self) -> Option<u64> {
         Some(self.shared.writer.get()?.meta().space.used_end())

@@ -1,11 +1,13 @@
 //! What operations on the structure of an image share.
 
+use std::sync::Arc;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::items::{ItemChange, rebuild, rewrite};
 use crate::format::metadata::{REGION_BYTES_MAX, TABLE_BYTES, region_bytes};
 use crate::format::region::{METADATA_GUID, Region};
 use crate::image::structure::{Edit, Transaction};
-use crate::image::{Image, Layer};
+use crate::image::{Image, Layer, OpenOptions, ParentCandidate, ParentRequest, ParentResolver};
 
 /// The image itself, without its parents.
 pub(crate) fn top(image: &Image) -> Result<&Layer> {
@@ -22,6 +24,42 @@ pub(crate) fn finish<T>(image: &Image, worked: Result<T>) -> Result<T> {
     let closed = image.close();
     let value = worked?;
     closed.map(|()| value)
+}
+
+/// Gives the layers of a chain that is open as parents.
+#[derive(Debug)]
+pub(crate) struct OpenLayers(Vec<ParentCandidate>);
+
+impl OpenLayers {
+    pub(crate) fn new(parents: &[Layer]) -> Self {
+        let candidates = parents.iter().map(|parent| ParentCandidate {
+            storage: Arc::clone(parent.storage()),
+            path: parent.path().map(ToOwned::to_owned),
+            named: true,
+            lock: None,
+        });
+        Self(candidates.collect())
+    }
+}
+
+impl ParentResolver for OpenLayers {
+    fn resolve(&self, wanted: &ParentRequest<'_>) -> Result<Vec<ParentCandidate>> {
+        let found = self.0.get(wanted.depth).cloned();
+        found.map(|found| vec![found]).ok_or_else(|| Error::new(ErrorKind::ParentNotFound, "the chain ends there"))
+    }
+}
+
+/// Opens an image anew for writing, on the same files, after its structure has changed.
+pub(crate) fn reopen(image: &Image) -> Result<Image> {
+    let [layer, parents @ ..] = image.layers() else {
+        return Err(Error::new(ErrorKind::InvalidArgument, "the image has no layers"));
+    };
+    let options = OpenOptions::new().write(true);
+    let options = match image.parents_missing() {
+        true => options.without_parents(),
+        false => options.parents(Arc::new(OpenLayers::new(parents))),
+    };
+    options.open(Arc::clone(layer.storage()), layer.path())
 }
 
 /// Whether items change where they are, or a region moves for them.

@@ -13,7 +13,7 @@ use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::edit::{Placed, change_items, finish, refused};
+use super::edit::{OpenLayers, Placed, change_items, finish, refused};
 use super::reparent::{with_second_identity, write_locator};
 use super::resize::{new_geometry, run as resize_image};
 use super::{Progress, advance};
@@ -23,10 +23,7 @@ use crate::format::items::ItemChange;
 use crate::format::metadata::{FLAG_VIRTUAL_DISK, PHYSICAL_SECTOR_SIZE, VIRTUAL_DISK_ID};
 use crate::image::session::Identity;
 use crate::image::structure::Transaction;
-use crate::image::{
-    BlockDevice as _, Extent, ExtentKind, Image, Layer, OpenOptions, ParentCandidate, ParentRequest, ParentResolver,
-    VisitExtent,
-};
+use crate::image::{BlockDevice as _, Extent, ExtentKind, Image, Layer, OpenOptions, VisitExtent};
 use crate::ops::set::user_item;
 
 /// Bytes copied at once.
@@ -115,17 +112,6 @@ struct Merge<'a> {
     ancestor: &'a Layer,
 }
 
-/// Gives the layers of a chain that is open as parents.
-#[derive(Debug)]
-struct OpenLayers(Vec<ParentCandidate>);
-
-impl ParentResolver for OpenLayers {
-    fn resolve(&self, wanted: &ParentRequest<'_>) -> Result<Vec<ParentCandidate>> {
-        let found = self.0.get(wanted.depth).cloned();
-        found.map(|found| vec![found]).ok_or_else(|| Error::new(ErrorKind::ParentNotFound, "the chain ends there"))
-    }
-}
-
 impl<'a> Merge<'a> {
     fn new(chain: &'a Image, options: &'a MergeOptions) -> Result<Self> {
         let layers = chain.layers();
@@ -212,17 +198,8 @@ impl<'a> Merge<'a> {
         };
         layer.storage().set_access(true).map_err(|error| layer.name_error(error))?;
         let options = OpenOptions::new().write(true).replay(self.options.replay);
-        let options = if with_parents {
-            let candidates = parents.iter().map(|parent| ParentCandidate {
-                storage: Arc::clone(parent.storage()),
-                path: parent.path().map(ToOwned::to_owned),
-                named: true,
-                lock: None,
-            });
-            options.parents(Arc::new(OpenLayers(candidates.collect())))
-        } else {
-            options.without_parents()
-        };
+        let options =
+            if with_parents { options.parents(Arc::new(OpenLayers::new(parents))) } else { options.without_parents() };
         options.open(Arc::clone(layer.storage()), layer.path())
     }
 

@@ -11,7 +11,9 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use vhdkit::format::finding::Severity;
+use vhdkit::format::guid::Guid;
 use vhdkit::image::Layer;
+use vhdkit::ops::set::user_item;
 use vhdkit::{Error, ErrorKind};
 
 use crate::args::{Format, InfoArgs};
@@ -32,6 +34,9 @@ pub(crate) fn run(context: &Context, args: &InfoArgs) -> Result<Answer, Failure>
     let chain = chain::open(context, &args.image)?;
     let layer = chain.image.layers().first();
     let layer = layer.ok_or_else(|| Failure::usage("the image has no layers", "report this as a bug"))?;
+    if let Some(id) = args.user_metadata {
+        return print_item(context, &args.image, layer, id);
+    }
     if let Some(note) = layer.lock_report().and_then(|report| report.note.as_deref()) {
         context.ui.warn(None, note);
     }
@@ -42,6 +47,21 @@ pub(crate) fn run(context: &Context, args: &InfoArgs) -> Result<Answer, Failure>
     }
     let mut out = context.ui.out();
     facts.write(&mut out, context.ui.verbose)?;
+    out.flush()?;
+    Ok(Answer::Yes)
+}
+
+/// Prints the bytes of an item of a user.
+fn print_item(context: &Context, path: &Path, layer: &Layer, id: Guid) -> Result<Answer, Failure> {
+    if context.ui.json {
+        return Err(Failure::usage("--user-metadata prints bytes, not JSON", "leave --json out"));
+    }
+    let Some(bytes) = user_item(layer, id)? else {
+        let error = Error::new(ErrorKind::InvalidArgument, format!("there is no user item {id}")).with_path(path);
+        return Err(error.with_hint("`vhdkit info` lists the items of an image").into());
+    };
+    let mut out = std::io::stdout().lock();
+    out.write_all(&bytes)?;
     out.flush()?;
     Ok(Answer::Yes)
 }

@@ -157,7 +157,7 @@ pub(super) fn find_unneeded(
             _ => {}
         }
         block += 1;
-        advance(progress, block, Some(blocks))?;
+        advance(progress, (block * geometry.block_size()).min(geometry.disk_size()), Some(geometry.disk_size()))?;
     }
     found.bytes_read = scan.read;
     Ok(found)

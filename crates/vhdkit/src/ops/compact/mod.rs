@@ -5,12 +5,14 @@ mod moving;
 
 use std::ops::ControlFlow;
 
-use super::edit::{finish, refused, top};
+use super::edit::{finish, refused, reopen, top};
 use super::{Progress, advance};
 use crate::error::Result;
 use crate::format::bat::PayloadState;
+use crate::format::finding::FailFast;
 use crate::format::geometry::BITMAP_BLOCK_BYTES;
 use crate::guest::{Table, VolumeState, survey};
+use crate::image::scan::scan_marks;
 use crate::image::session::Identity;
 use crate::image::structure::Edit;
 use crate::image::{BlockDevice as _, Image, Layer};
@@ -98,7 +100,7 @@ pub fn compact(image: Image, options: &CompactOptions, progress: &dyn Progress) 
     }
     let to_drop = report.zero_blocks + report.free_blocks + report.unneeded_blocks;
     if options.dry_run {
-        report.new_file_size = expected_size(layer, &image, to_drop);
+        report.new_file_size = expected_size(layer, to_drop, progress)?;
         return Ok(report);
     }
     if to_drop > 0 || moving::can_move(&image)? {
@@ -107,10 +109,31 @@ pub fn compact(image: Image, options: &CompactOptions, progress: &dyn Progress) 
         if image.move_log_down()? {
             report.regions_moved.push("log".to_owned());
         }
+        if !report.regions_moved.is_empty() {
+            return move_again(&image, report, progress);
+        }
     } else {
         finish(&image, image.replay())?;
     }
-    let layer = top(&image)?;
+    finish_report(&image, report)
+}
+
+/// Where regions were there may be room for blocks now.
+fn move_again(image: &Image, mut report: CompactReport, progress: &dyn Progress) -> Result<CompactReport> {
+    let image = reopen(image)?;
+    if moving::can_move(&image)? {
+        let worked = image.edit(Identity::Kept).and_then(|edit| {
+            image.allow_cut();
+            report.moved += moving::move_down(&edit, progress)?;
+            edit.commit()
+        });
+        finish(&image, worked)?;
+    }
+    finish_report(&image, report)
+}
+
+fn finish_report(image: &Image, mut report: CompactReport) -> Result<CompactReport> {
+    let layer = top(image)?;
     report.new_file_size = layer.view().physical_size();
     report.disk_usage = [report.disk_usage.first().copied().flatten(), layer.disk_usage()];
     Ok(report)
@@ -176,9 +199,11 @@ fn free_blocks(
 }
 
 /// About how long the file will be: everything that is owned, one after the other.
-fn expected_size(layer: &Layer, image: &Image, dropped: u64) -> u64 {
-    let owned = image.owned_bytes().unwrap_or(0).saturating_sub(dropped * layer.geometry().block_size());
-    owned.min(layer.view().physical_size())
+fn expected_size(layer: &Layer, dropped: u64, progress: &dyn Progress) -> Result<u64> {
+    let mut findings = FailFast::new(layer.rules().strictness);
+    let (_, marks) = scan_marks(layer, &mut findings, &mut |_, _| advance(progress, 0, None))?;
+    let owned = (marks.count() * MIB).saturating_sub(dropped * layer.geometry().block_size());
+    Ok(owned.min(layer.view().physical_size()))
 }
 
 fn run(image: &Image, unneeded: &Unneeded, report: &mut CompactReport, progress: &dyn Progress) -> Result<()> {
@@ -194,7 +219,8 @@ fn run(image: &Image, unneeded: &Unneeded, report: &mut CompactReport, progress:
 }
 
 fn drop_blocks(edit: &Edit<'_>, unneeded: &Unneeded, progress: &dyn Progress) -> Result<()> {
-    let total = unneeded.zero.len() + unneeded.free.len() + unneeded.anchored.len();
+    let block_size = edit.layer().geometry().block_size();
+    let total = (unneeded.zero.len() + unneeded.free.len() + unneeded.anchored.len()) * block_size;
     let mut done = 0;
     let kinds = [
         (&unneeded.zero, PayloadState::Zero),
@@ -204,10 +230,8 @@ fn drop_blocks(edit: &Edit<'_>, unneeded: &Unneeded, progress: &dyn Progress) ->
     for (set, state) in kinds {
         for block in set.iter() {
             edit.clear_block(BlockIndex(block), state)?;
-            done += 1;
-            if done % 64 == 0 {
-                advance(progress, done, Some(total))?;
-            }
+            done += block_size;
+            advance(progress, done, Some(total))?;
         }
     }
     Ok(())

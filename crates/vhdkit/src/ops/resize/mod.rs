@@ -5,13 +5,14 @@ mod shrink;
 
 use std::cmp::Ordering;
 
-use super::edit::{finish, top};
+use super::edit::{finish, reopen, top};
 use super::{Progress, advance};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DISK_SIZE_MAX;
 use crate::format::geometry::{BAT_ENTRY_BYTES, Geometry};
 use crate::format::items::ItemChange;
 use crate::format::metadata::{DiskType, FLAG_REQUIRED, FLAG_VIRTUAL_DISK, VIRTUAL_DISK_SIZE};
+use crate::guest::{Smallest, Table, plan_backup_gpt, survey};
 use crate::image::session::Identity;
 use crate::image::{BlockDevice as _, Image, Layer};
 use crate::units::{MIB, round_up};
@@ -21,11 +22,10 @@ use crate::units::{MIB, round_up};
 pub struct ResizeOptions {
     /// Bytes of the disk afterwards: a multiple of the logical sector size, at most 64 TiB.
     pub size: u64,
-    /// The smallest size at which nothing of the guest's is lost, where the caller knows it: what lies behind it need not be
-    /// looked at. Otherwise everything that would be cut off has to be zero.
-    pub safe_size: Option<u64>,
     /// Cut off whatever is there.
     pub allow_data_loss: bool,
+    /// Put the backup of a GPT where the disk ends afterwards.
+    pub move_backup_gpt: bool,
     /// Only find out what would happen.
     pub dry_run: bool,
 }
@@ -34,7 +34,7 @@ impl ResizeOptions {
     /// To so many bytes, losing nothing.
     #[must_use]
     pub const fn to(size: u64) -> Self {
-        Self { size, safe_size: None, allow_data_loss: false, dry_run: false }
+        Self { size, allow_data_loss: false, move_backup_gpt: false, dry_run: false }
     }
 }
 
@@ -53,8 +53,25 @@ pub struct ResizeReport {
     pub bat_moves: bool,
     /// Blocks that are allocated for a fixed disk that grows, or given up by a disk that shrinks.
     pub blocks: u64,
-    /// The first byte behind the new end that is not zero, where one was found.
+    /// The first byte behind the new end that is not zero, where one was looked for and found.
     pub first_data_cut: Option<u64>,
+    /// How small the disk may be, where it becomes smaller.
+    pub smallest: Option<Smallest>,
+    /// What becomes of the backup of a GPT.
+    pub backup_gpt: BackupGpt,
+}
+
+/// What becomes of the backup of a GPT, which lies at the end of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackupGpt {
+    /// There is none.
+    #[default]
+    None,
+    /// It is cut off, or left in the middle of a larger disk; the primary one goes on working. The tools of the guest put
+    /// it right (`sgdisk --move-second-header`), or `move_backup_gpt`.
+    LeftBehind,
+    /// It was moved, or would be.
+    Moved,
 }
 
 /// Changes the size of a disk in place ([MS-VHDX] 2.6.2.2; the order of steps is in `docs/durability.md`). The image was
@@ -63,6 +80,10 @@ pub struct ResizeReport {
 /// A crash leaves the old size or the new one, with everything that both have. The image gets a new data write GUID, so its
 /// children do not accept it as their parent any more. What a larger disk adds reads as zero, also where a parent is longer.
 /// A fixed disk gets its new blocks allocated.
+///
+/// How much of a disk may be cut off its partition table and file system say; where they are not understood, everything
+/// behind the new end has to be zero. A backup GPT is moved before the disk becomes smaller and after it became larger, each
+/// time so that at any moment one of the two is in order.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidArgument`] for a size that cannot be; [`ErrorKind::Refused`] when data would be lost;
@@ -84,17 +105,49 @@ pub fn resize(image: Image, options: &ResizeOptions, progress: &dyn Progress) ->
         return Ok(report);
     }
     let geometry = new_geometry(layer, options.size)?;
+    let survey = survey(&image, progress)?;
     if options.size > old {
         grow::plan(&image, &geometry, &mut report)?;
     } else {
-        shrink::plan(&image, &geometry, options, &mut report, progress)?;
+        shrink::plan(&image, &geometry, options, &survey, &mut report, progress)?;
     }
+    if matches!(survey.table, Table::Gpt { .. }) {
+        report.backup_gpt = if options.move_backup_gpt { BackupGpt::Moved } else { BackupGpt::LeftBehind };
+    }
+    // Found out now, while nothing has changed.
+    let backup = match report.backup_gpt {
+        BackupGpt::Moved => plan_backup_gpt(&image, options.size)?,
+        _ => Vec::new(),
+    };
     if options.dry_run {
         return Ok(report);
     }
-    finish(&image, run(&image, &geometry, Identity::New, progress))?;
+    let moved = if options.size < old { write_all(&image, &backup) } else { Ok(()) };
+    finish(&image, moved.and_then(|()| run(&image, &geometry, Identity::New, progress)))?;
     report.new_file_size = Some(top(&image)?.view().physical_size());
+    if options.size > old && !backup.is_empty() {
+        let image = reopen(&image)?;
+        finish(&image, write_all(&image, &backup))?;
+        report.new_file_size = Some(top(&image)?.view().physical_size());
+    }
     Ok(report)
+}
+
+/// How small a disk may be made so that its partitions and file systems lose nothing.
+///
+/// # Errors
+/// What stands in the way of reading the disk.
+pub fn smallest_size(image: &Image, progress: &dyn Progress) -> Result<Smallest> {
+    Ok(survey(image, progress)?.smallest_safe_size())
+}
+
+/// Writes each piece durably before the next: the backup before the primary that names it.
+fn write_all(image: &Image, pieces: &[(u64, Vec<u8>)]) -> Result<()> {
+    for (offset, bytes) in pieces {
+        image.write_at(bytes, *offset)?;
+        image.flush()?;
+    }
+    Ok(())
 }
 
 /// Makes the disk of an image that of a geometry; the image is to be closed then.

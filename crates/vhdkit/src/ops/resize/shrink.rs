@@ -11,6 +11,7 @@ use super::{ResizeOptions, ResizeReport, first_data, size_item};
 use crate::error::Result;
 use crate::format::bat::{BITMAP_PRESENT, BatEntry};
 use crate::format::geometry::{BatSlot, Geometry};
+use crate::guest::{Smallest, Survey};
 use crate::image::Image;
 use crate::image::bat::page_of;
 use crate::image::extents::LayerCursor;
@@ -22,22 +23,33 @@ pub(super) fn plan(
     image: &Image,
     geometry: &Geometry,
     options: &ResizeOptions,
+    survey: &Survey,
     report: &mut ResizeReport,
     progress: &dyn Progress,
 ) -> Result<()> {
     let (old, new) = (report.old_size, geometry.disk_size());
-    let is_safe = options.safe_size.is_some_and(|safe| safe <= new);
-    if !is_safe {
-        report.first_data_cut = first_data(image, new..old, progress)?;
-    }
-    if let Some(offset) = report.first_data_cut.filter(|_| !options.allow_data_loss) {
-        let what = format!(
-            "a disk of {new} bytes would lose data: there are bytes that are not zero behind it, the first at {offset:#x}"
-        );
-        return Err(refused(
-            what,
-            "make partitions and file systems smaller inside the guest first, or cut all the same with --allow-data-loss",
-        ));
+    let smallest = survey.smallest_safe_size();
+    report.smallest = Some(smallest.clone());
+    let hint =
+        "make partitions and file systems smaller inside the guest first, or cut all the same with --allow-data-loss";
+    match smallest {
+        Smallest::SafeAt { bytes, .. } if bytes <= new => {}
+        Smallest::SafeAt { bytes, .. } => {
+            if !options.allow_data_loss {
+                let what = format!("the guest's partitions and file systems reach to {bytes} bytes: {new} are too few");
+                return Err(refused(what, hint));
+            }
+        }
+        Smallest::Unknown { reason } => {
+            report.first_data_cut = first_data(image, new..old, progress)?;
+            if let Some(offset) = report.first_data_cut.filter(|_| !options.allow_data_loss) {
+                let what = format!(
+                    "a disk of {new} bytes would lose data: the byte at {offset:#x} is not zero, and what may be cut off \
+                     is not known, as {reason}"
+                );
+                return Err(refused(what, hint));
+            }
+        }
     }
     let layer = top(image)?;
     report.blocks = layer.geometry().payload_blocks() - geometry.payload_blocks(); // it shrinks

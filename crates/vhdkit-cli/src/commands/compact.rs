@@ -1,0 +1,114 @@
+//! `compact`: a smaller file for the same disk.
+
+use std::io::Write as _;
+
+use serde_json::{Value, json};
+use vhdkit::image::Image;
+use vhdkit::ops::compact::{CompactOptions, CompactReport, compact};
+
+use crate::args::CompactArgs;
+use crate::cli::Context;
+use crate::commands::dependents;
+use crate::failure::{Answer, Failure};
+use crate::opening::open_image;
+use crate::progress::Bar;
+use crate::show;
+use crate::sizes;
+use crate::ui::Ui;
+use crate::writing::Session;
+
+/// Compacts.
+pub(crate) fn run(context: &Context, args: &CompactArgs) -> Result<Answer, Failure> {
+    if args.dry_run {
+        crate::commands::info::refuse_raw(context, &args.image, args.writing.from.from)?;
+        let image = open_image(context, &args.image)?;
+        let options = options(context, args, &image)?;
+        let bar = Bar::new("looking", &context.ui, &context.interrupt);
+        let found = compact(image, &options, &bar).map_err(|error| error.with_path(&args.image))?;
+        drop(bar);
+        report(context, args, &found, Value::Null, "")?;
+        return Ok(Answer::Yes);
+    }
+    let session = Session::open(context, &args.image, &args.writing)?;
+    let options = options(context, args, &session.image)?;
+    let (image, aftermath) = session.into_parts()?;
+    let bar = Bar::new("compacting", &context.ui, &context.interrupt);
+    let worked = compact(image, &options, &bar);
+    drop(bar);
+    let done = aftermath.name(worked)?;
+    report(context, args, &done, aftermath.replayed_json(), &aftermath.replayed_text())?;
+    Ok(Answer::Yes)
+}
+
+fn options(context: &Context, args: &CompactArgs, image: &Image) -> Result<CompactOptions, Failure> {
+    let children = match image.layers().first() {
+        Some(layer) if !args.no_filesystems => dependents::broken_by_writing(context, layer, &args.children)?,
+        _ => Vec::new(),
+    };
+    Ok(CompactOptions {
+        zero_scan: !args.no_zero_scan,
+        filesystems: !args.no_filesystems,
+        children,
+        break_children: args.children.break_children,
+        dry_run: args.dry_run,
+    })
+}
+
+fn report(
+    context: &Context,
+    args: &CompactArgs,
+    done: &CompactReport,
+    replay: Value,
+    replayed: &str,
+) -> Result<(), Failure> {
+    let file = show::path(&args.image);
+    if context.ui.json {
+        return Ui::print_json(&json!({
+            "file": file,
+            "dry_run": args.dry_run,
+            "old_file_size": done.old_file_size,
+            "new_file_size": done.new_file_size,
+            "old_disk_usage": done.disk_usage[0],
+            "new_disk_usage": done.disk_usage[1],
+            "block_size": done.block_size,
+            "blocks": done.blocks,
+            "zero_blocks": done.zero_blocks,
+            "free_blocks": done.free_blocks,
+            "unneeded_blocks": done.unneeded_blocks,
+            "bitmaps": done.bitmaps,
+            "moved": done.moved,
+            "regions_moved": done.regions_moved,
+            "bytes_read": done.bytes_read,
+            "remarks": done.remarks,
+            "replay": replay,
+        }));
+    }
+    if context.ui.quiet {
+        return Ok(());
+    }
+    let mut out = context.ui.out();
+    let (old, new) = (done.old_file_size, done.new_file_size);
+    let gain = sizes::short(old.saturating_sub(new));
+    if args.dry_run {
+        let (old, new) = (sizes::short(old), sizes::short(new));
+        writeln!(out, "{file}: the file of {old} would have about {new}, {gain} less; nothing was changed")?;
+    } else if old == new {
+        writeln!(out, "{file}: the file has {} and cannot be made smaller{replayed}", sizes::short(old))?;
+    } else {
+        let (old, new) = (sizes::short(old), sizes::short(new));
+        writeln!(out, "{file}: the file of {old} has {new} now, {gain} less{replayed}")?;
+    }
+    if let [Some(before), Some(after)] = done.disk_usage {
+        writeln!(out, "  on its file system: {}, before {}", sizes::short(after), sizes::short(before))?;
+    }
+    let block = sizes::short(done.block_size);
+    writeln!(
+        out,
+        "  of {} blocks of {block}: {} all zero, {} free in file systems, {} without contents; {} moved",
+        done.blocks, done.zero_blocks, done.free_blocks, done.unneeded_blocks, done.moved
+    )?;
+    for remark in &done.remarks {
+        writeln!(out, "  {remark}")?;
+    }
+    Ok(out.flush()?)
+}
