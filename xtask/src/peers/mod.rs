@@ -3,6 +3,7 @@
 //! In each row the contenders take turns in one run, after a warm-up; the table shows medians, ratios, the command
 //! lines, and whether what the row must reach is reached. The first contender of a row is always vhdkit.
 
+mod maintain;
 mod measure;
 mod nbd;
 mod nbd_fio;

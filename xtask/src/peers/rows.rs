@@ -14,13 +14,13 @@ use vhdkit::units::{FileOffset, GIB, MIB};
 
 use super::measure::{Contender, alternate};
 use super::{Bench, Goal, Row, Unit};
-use super::{nbd, overwrites, random, syncs, writes};
+use super::{maintain, nbd, overwrites, random, syncs, writes};
 use crate::shell::{self, Outcome};
 
 type Make = fn(&Bench) -> Outcome<Row>;
 
 /// Every row, by name.
-pub(crate) const ROWS: [(&str, Make); 33] = [
+pub(crate) const ROWS: [(&str, Make); 38] = [
     ("dense raw to VHDX", dense_in),
     ("dense VHDX to raw", dense_out),
     ("sparse raw to VHDX", sparse_in),
@@ -43,6 +43,11 @@ pub(crate) const ROWS: [(&str, Make); 33] = [
     ("sequential write in memory", writes::sequential_in_memory),
     ("sequential write on a disk", writes::sequential_on_disk),
     ("memory of writing 64 TiB", writes::memory),
+    ("compact, moving", maintain::compact_moving),
+    ("compact, dry run of 1 TiB", maintain::compact_dry_run),
+    ("merge", maintain::merge),
+    ("resize", maintain::resize),
+    ("diff of two layers", maintain::diff),
     ("nbd random reads, depth 32", nbd::random_reads),
     ("nbd random reads on a disk, depth 32", nbd::random_reads_on_disk),
     ("nbd random writes, depth 32", nbd::random_writes),

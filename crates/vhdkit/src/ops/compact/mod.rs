@@ -10,7 +10,6 @@ use super::{Progress, advance};
 use crate::error::Result;
 use crate::format::bat::PayloadState;
 use crate::format::finding::FailFast;
-use crate::format::geometry::BITMAP_BLOCK_BYTES;
 use crate::guest::{Table, VolumeState, survey};
 use crate::image::scan::scan_marks;
 use crate::image::session::Identity;
@@ -236,10 +235,3 @@ fn drop_blocks(edit: &Edit<'_>, unneeded: &Unneeded, progress: &dyn Progress) ->
     }
     Ok(())
 }
-
-/// Bytes of a unit that moves, in whole MiB.
-const fn unit_bytes(is_bitmap: bool, block_size: u64) -> u64 {
-    if is_bitmap { BITMAP_BLOCK_BYTES } else { block_size }
-}
-
-const _: () = assert!(BITMAP_BLOCK_BYTES == MIB);

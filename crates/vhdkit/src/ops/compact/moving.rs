@@ -5,10 +5,9 @@ use std::collections::BinaryHeap;
 
 use super::super::edit::{place_metadata, rebuilt_metadata, set_region, top};
 use super::super::{Progress, advance};
-use super::unit_bytes;
 use crate::error::Result;
 use crate::format::bat::{BITMAP_PRESENT, BatEntry, PayloadState};
-use crate::format::geometry::BatSlot;
+use crate::format::geometry::{BITMAP_BLOCK_BYTES, BatSlot};
 use crate::format::region::BAT_GUID;
 use crate::image::extents::LayerCursor;
 use crate::image::structure::{Edit, Transaction};
@@ -20,16 +19,32 @@ const PASS_UNITS: usize = 1 << 17;
 /// Freed space is given back after so many bytes were moved.
 const SETTLE_BYTES: u64 = 64 << 20;
 
+/// What is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Payload,
+    Bitmap,
+}
+
+impl Kind {
+    /// Bytes of one, in whole MiB.
+    const fn bytes(self, block_size: u64) -> u64 {
+        match self {
+            Self::Payload => block_size,
+            Self::Bitmap => BITMAP_BLOCK_BYTES,
+        }
+    }
+}
+
 /// A block or sector bitmap in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Unit {
     file_offset: u64,
     number: u64,
-    is_bitmap: bool,
 }
 
-/// The units that lie highest in the file below an offset, the highest first.
-fn highest(layer: &Layer, below: u64) -> Result<Vec<Unit>> {
+/// The units of a kind that lie highest in the file below an offset, the highest first.
+fn highest(layer: &Layer, kind: Kind, below: u64) -> Result<Vec<Unit>> {
     let geometry = *layer.geometry();
     let mut cursor = LayerCursor::new(layer);
     let mut heap: BinaryHeap<Reverse<Unit>> = BinaryHeap::new();
@@ -41,13 +56,15 @@ fn highest(layer: &Layer, below: u64) -> Result<Vec<Unit>> {
             continue;
         }
         let unit = match geometry.slot(BatIndex(index)) {
-            BatSlot::Payload(block) if block.0 < geometry.payload_blocks() => {
+            BatSlot::Payload(block) if kind == Kind::Payload && block.0 < geometry.payload_blocks() => {
                 let present =
                     matches!(entry.payload_state(), Some(PayloadState::FullyPresent | PayloadState::PartiallyPresent));
-                present.then(|| Unit { file_offset: entry.file_offset().0, number: block.0, is_bitmap: false })
+                present.then(|| Unit { file_offset: entry.file_offset().0, number: block.0 })
             }
-            BatSlot::Bitmap(chunk) if geometry.is_differencing() && entry.state_number() == BITMAP_PRESENT => {
-                Some(Unit { file_offset: entry.file_offset().0, number: chunk.0, is_bitmap: true })
+            BatSlot::Bitmap(chunk)
+                if kind == Kind::Bitmap && geometry.is_differencing() && entry.state_number() == BITMAP_PRESENT =>
+            {
+                Some(Unit { file_offset: entry.file_offset().0, number: chunk.0 })
             }
             _ => None,
         };
@@ -67,11 +84,10 @@ pub(super) fn can_move(image: &Image) -> Result<bool> {
     let layer = top(image)?;
     let block_size = layer.geometry().block_size();
     let fits = |bytes: u64, end: u64| image.has_hole_below(bytes, end);
-    let units = highest(layer, u64::MAX)?;
-    for is_bitmap in [false, true] {
+    for kind in [Kind::Payload, Kind::Bitmap] {
         // What lies lower has even less below it.
-        let unit = units.iter().find(|unit| unit.is_bitmap == is_bitmap);
-        if unit.is_some_and(|unit| fits(unit_bytes(is_bitmap, block_size), unit.file_offset)) {
+        let unit = highest(layer, kind, u64::MAX)?.first().copied();
+        if unit.is_some_and(|unit| fits(kind.bytes(block_size), unit.file_offset)) {
             return Ok(true);
         }
     }
@@ -118,36 +134,40 @@ pub(super) fn drop_bitmaps(edit: &Edit<'_>) -> Result<u64> {
     Ok(dropped)
 }
 
-/// Moves units down, the highest first, each to the lowest hole that has room for it, until none is below it.
+/// Moves what lies high into holes below. Blocks first, so that bitmaps take what is too small for blocks; and once more,
+/// where bitmaps were in the way.
 pub(super) fn move_down(edit: &Edit<'_>, progress: &dyn Progress) -> Result<u64> {
-    let block_size = edit.layer().geometry().block_size();
+    let mut moved = move_kind(edit, Kind::Payload, progress)?;
+    if edit.layer().geometry().is_differencing() {
+        moved += move_kind(edit, Kind::Bitmap, progress)?;
+        moved += move_kind(edit, Kind::Payload, progress)?;
+    }
+    Ok(moved)
+}
+
+/// Moves units of a kind, the highest first, each to the lowest hole that has room for it, until none is below it.
+fn move_kind(edit: &Edit<'_>, kind: Kind, progress: &dyn Progress) -> Result<u64> {
+    let bytes = kind.bytes(edit.layer().geometry().block_size());
     let (mut moved, mut below, mut unsettled) = (0, u64::MAX, 0);
-    // Whether there may still be a hole for a block, and for a bitmap.
-    let mut open = [true, edit.layer().geometry().is_differencing()];
-    while open.contains(&true) {
-        let units = highest(edit.layer(), below)?;
+    'passes: loop {
+        let units = highest(edit.layer(), kind, below)?;
         let Some(last) = units.last() else { break };
         below = last.file_offset;
         for unit in &units {
-            let Some(kind) = open.get_mut(usize::from(unit.is_bitmap)).filter(|open| **open) else { continue };
-            let bytes = unit_bytes(unit.is_bitmap, block_size);
             let Some(given) = edit.take_below(bytes, unit.file_offset) else {
-                *kind = false; // what lies lower has even less below it
-                continue;
+                break 'passes; // what lies lower has even less below it
             };
-            let from = unit.file_offset;
-            if unit.is_bitmap {
-                edit.move_bitmap(ChunkIndex(unit.number), from, &given)?;
-            } else {
-                edit.move_block(BlockIndex(unit.number), from, &given)?;
-            }
+            match kind {
+                Kind::Payload => edit.move_block(BlockIndex(unit.number), unit.file_offset, &given)?,
+                Kind::Bitmap => edit.move_bitmap(ChunkIndex(unit.number), unit.file_offset, &given)?,
+            };
             moved += 1;
             unsettled += bytes;
             if unsettled >= SETTLE_BYTES {
                 edit.settle()?;
                 unsettled = 0;
             }
-            advance(progress, moved * block_size, None)?;
+            advance(progress, moved * bytes, None)?;
         }
     }
     edit.settle()?;
