@@ -1,4 +1,4 @@
-//! What the fuzz targets share: images in few bytes, with checksums put right.
+//! What the fuzz targets share: images and disks in few bytes, with checksums put right.
 //!
 //! ```text
 //! chain:    u16 length of the child's input, the child's input, the parent's input
@@ -81,6 +81,38 @@ pub fn image(input: &[u8]) -> Option<Arc<MemoryStorage>> {
         put_log_right(&storage);
     }
     Some(Arc::new(storage))
+}
+
+/// The disk that an input of `filesystems` describes, and its sectors:
+///
+/// ```text
+/// sector   u8    bit 0: sectors of 4096 bytes
+/// length   u16   in units of 64 KiB
+/// segment  u32 offset in units of 16 bytes, u16 length, then so many bytes; or, with the upper bit of the length
+///          set, one byte that is repeated 16 times the rest of the length
+/// ```
+///
+/// Checksums need not be right: the library takes any when it is built for fuzzing.
+pub fn disk(input: &[u8]) -> Option<(u32, Arc<MemoryStorage>)> {
+    let mut rest = input;
+    let [sector] = take(&mut rest)?;
+    let length = u64::from(u16::from_le_bytes(take(&mut rest)?)) << 16;
+    let storage = MemoryStorage::with_len(length);
+    while let (Some(offset), Some(count)) = (take(&mut rest), take(&mut rest)) {
+        let offset = u64::from(u32::from_le_bytes(offset)) * 16;
+        let count = u16::from_le_bytes(count);
+        let inside = usize::try_from(length.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let bytes = if count >> 15 == 1 {
+            let Some([byte]) = take(&mut rest) else { break };
+            vec![byte; (usize::from(count & 0x7fff) * 16).min(inside)]
+        } else {
+            let (bytes, tail) = rest.split_at(usize::from(count).min(rest.len()));
+            rest = tail;
+            bytes[..bytes.len().min(inside)].to_vec()
+        };
+        storage.write_at(&bytes, offset).expect("memory takes any write inside of it");
+    }
+    Some((if sector & 1 == 0 { 512 } else { 4096 }, Arc::new(storage)))
 }
 
 fn read(storage: &MemoryStorage, offset: u64, length: usize) -> Option<Vec<u8>> {

@@ -4,6 +4,7 @@ mod ci;
 #[cfg(test)]
 mod document;
 mod fuzz;
+mod guest_seeds;
 mod peers;
 mod samples;
 mod seeds;

@@ -31,6 +31,7 @@ pub(crate) fn write(target: &str, folder: &Path) -> Outcome<usize> {
         "locator" => locators(),
         "model" => programs(),
         "nbd" => conversations(),
+        "filesystems" => crate::guest_seeds::disks()?,
         other => return Err(format!("there are no seeds for \"{other}\"").into()),
     };
     if folder.exists() {

@@ -65,6 +65,36 @@ const _: () = assert!(
         && size_of::<RawBoot>() + offset_of!(RawLarge, state) == 0x41
 );
 
+/// An entry of a directory.
+#[derive(Clone, Copy, FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawEntry {
+    name: [u8; 11],
+    attributes: u8,
+    dates: [u8; 8],
+    cluster_high: U16,
+    time: [u8; 4],
+    cluster_low: U16,
+    size: U32,
+}
+
+const _: () = assert!(
+    size_of::<RawEntry>() as u64 == ENTRY_BYTES
+        && offset_of!(RawEntry, cluster_low) == 26
+        && offset_of!(RawEntry, size) == 28
+);
+
+/// First byte of the name: no entry here, nor behind; a deleted entry.
+const NAME_END: u8 = 0;
+const NAME_DELETED: u8 = 0xe5;
+/// What the first entry of a directory is called: the directory itself.
+const NAME_ITSELF: [u8; 11] = *b".          ";
+/// Attributes.
+const ATTRIBUTE_LABEL: u8 = 8;
+const ATTRIBUTE_DIRECTORY: u8 = 0x10;
+/// Links of chains that are followed to judge a volume: that is evidence enough.
+const LINKS_MAX: u64 = 1 << 17;
+
 /// Bytes of a boot sector, whatever the sector is.
 const BOOT_BYTES: usize = 512;
 /// Bytes of an entry of the root directory.
@@ -121,6 +151,8 @@ pub(super) struct Fat {
     /// How far behind the table its copy lies.
     copy_distance: Option<u64>,
     data_offset: u64,
+    /// Bytes of the root directory of FAT12 and FAT16, which ends where the clusters begin.
+    root_bytes: u64,
     media: u8,
 }
 
@@ -146,6 +178,9 @@ impl Fat {
             require(entry.iter().any(|byte| *byte != 0), "its root directory is marked as free")?;
         }
         this.first_entries(window)?;
+        if this.width != Width::ThirtyTwo {
+            this.check_root(window)?;
+        }
         Ok(this)
     }
 
@@ -161,7 +196,9 @@ impl Fat {
             0 => u64::from(raw.sectors_large.get()),
             small => u64::from(small),
         };
-        let root_sectors = (u64::from(raw.root_entries.get()) * ENTRY_BYTES).div_ceil(sector);
+        let root_bytes = u64::from(raw.root_entries.get()) * ENTRY_BYTES;
+        require(root_bytes.is_multiple_of(sector), "its root directory does not end with a sector")?;
+        let root_sectors = root_bytes / sector;
         let reserved = u64::from(raw.reserved_sectors.get());
         // All of these have 32 bits at most.
         let data = reserved + tables * table_sectors + root_sectors;
@@ -196,6 +233,7 @@ impl Fat {
             table_bytes: needed,
             copy_distance: (tables == 2).then_some(table_bytes),
             data_offset: data * sector,
+            root_bytes: root_sectors * sector,
             media: raw.media,
         })
     }
@@ -233,6 +271,55 @@ impl Fat {
         let other = window.read(place, BOOT_BYTES as u64)?;
         let same = NUMBERS.into_iter().all(|range| sector.get(range.clone()) == other.get(range));
         require(same, "its boot sector and the copy disagree")
+    }
+
+    /// Nothing protects the numbers of FAT12 and FAT16; so what the root directory names has to be where they lead: each
+    /// directory names itself, and each file has as many clusters as it needs.
+    fn check_root(&self, window: &Window<'_>) -> Checked<()> {
+        let mut entries = Vec::new();
+        let table = window.read(self.table_offset, self.table_bytes)?; // at most 128 KiB
+        self.entries(&table, &mut |entry| {
+            entries.push(entry);
+            Ok(())
+        })?;
+        let mut links = 0;
+        let mut offset = self.data_offset - self.root_bytes;
+        while offset < self.data_offset {
+            let piece = window.read(offset, PIECE_BYTES.min(self.data_offset - offset))?;
+            for bytes in piece.chunks_exact(size_of::<RawEntry>()) {
+                let entry: RawEntry = parse(bytes, 0)?;
+                let [first, ..] = entry.name;
+                if first == NAME_END || links >= LINKS_MAX {
+                    return Ok(());
+                }
+                if first != NAME_DELETED && entry.attributes & ATTRIBUTE_LABEL == 0 {
+                    self.check_named(window, &entry, &entries, &mut links)?;
+                }
+            }
+            offset += PIECE_BYTES;
+        }
+        Ok(())
+    }
+
+    /// Checks a file or directory of the root.
+    fn check_named(&self, window: &Window<'_>, entry: &RawEntry, table: &[u32], links: &mut u64) -> Checked<()> {
+        let cluster = entry.cluster_low.get();
+        let place = u64::from(cluster).checked_sub(2).filter(|index| *index < self.clusters);
+        if entry.attributes & ATTRIBUTE_DIRECTORY != 0 {
+            let Some(index) = place else { return reason("a directory lies outside of it") };
+            let own: RawEntry = window.read_struct(self.data_offset + index * self.cluster)?;
+            let itself = own.name == NAME_ITSELF && own.cluster_low == entry.cluster_low;
+            return require(itself, "a directory is not where its numbers lead");
+        }
+        let needed = u64::from(entry.size.get()).div_ceil(self.cluster);
+        let mut count = 0;
+        let mut next = u32::from(cluster);
+        while next >= 2 && u64::from(next) - 2 < self.clusters && count <= needed && *links < LINKS_MAX {
+            count += 1;
+            *links += 1;
+            next = usize::try_from(next).ok().and_then(|next| table.get(next)).copied().unwrap_or_default();
+        }
+        require(count == needed || *links >= LINKS_MAX, "a file has not as many clusters as it needs")
     }
 
     /// The first two entries stand for the medium and for the state of the volume.

@@ -153,7 +153,7 @@ pub(crate) fn exfat_truth(path: &Path) -> Vec<Range<u64>> {
     joined(free.into_iter().map(|index| heap + index * cluster..heap + (index + 1) * cluster).collect())
 }
 
-fn make_exfat(scratch: &Scratch, mib: u64, arguments: &[&str]) -> PathBuf {
+pub(crate) fn make_exfat(scratch: &Scratch, mib: u64, arguments: &[&str]) -> PathBuf {
     let path = scratch.file("image", mib * MIB);
     let mut all = arguments.to_vec();
     all.push(text(&path));
@@ -190,13 +190,7 @@ fn used_exfat() {
         },
     );
     assert!(why(&open(&copy)).contains("dirty"));
-    for _ in 0..200 {
-        let done = tool_says("sh", &["-c", &format!("pgrep -f 'exfat-fuse {}'", device.0)]).trim().is_empty();
-        if done {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    gone(&format!("exfat-fuse {}", device.0));
     drop(device);
     let free = free_of_all(&open(&path));
     assert!(free.len() > 1, "{free:?}");

@@ -73,30 +73,47 @@ fn over_another() {
 }
 
 fn types() {
-    let scratch = Scratch::new();
-    let inner = Scratch::new();
-    let image = ext::make(&inner, 40, &["-t", "ext4"]);
-    for (code, name) in [
+    let types = [
+        ("8300", ""),
         ("8e00", "LVM"),
         ("fd00", "Linux RAID"),
         ("8200", "Linux swap"),
         ("8309", "LUKS"),
         ("4200", "Windows dynamic disk"),
-        ("4202", "Storage Spaces"),
+        ("e75caf8f-f680-4cee-afa3-b001e56efc2d", "Storage Spaces"),
         ("0c01", "Microsoft reserved partition"),
         ("a504", "ZFS"),
-    ] {
-        let path = scratch.file("disk", 50 * MIB);
-        let code = if code == "4202" { "e75caf8f-f680-4cee-afa3-b001e56efc2d" } else { code };
-        tool("sgdisk", &["-n", "1:2048:+40M", "-t", &format!("1:{code}"), text(&path)]);
-        let empty = only(&open(&path));
-        assert_eq!(empty.kind.name(), name);
-        put_into(&path, MIB, &image);
-        let disk = open(&path);
-        let reason = why(&disk);
-        assert!(reason.contains("type says") && reason.contains(name) && reason.contains("ext4"), "{reason}");
-        tool("sgdisk", &["-t", "1:8300", text(&path)]);
-        assert!(!free_of_all(&open(&path)).is_empty());
+    ];
+    let scratch = Scratch::new();
+    let path = scratch.file("disk", 100 * MIB);
+    let mut script = Vec::new();
+    for (number, (code, _)) in (1..).zip(types) {
+        script.extend(["-n".to_owned(), format!("{number}:0:+10M"), "-t".to_owned(), format!("{number}:{code}")]);
+    }
+    script.push(text(&path).to_owned());
+    tool("sgdisk", &script.iter().map(String::as_str).collect::<Vec<_>>());
+    let empty = look(&open(&path));
+    assert_eq!(empty.volumes.len(), types.len());
+    for (volume, (_, name)) in empty.volumes.iter().zip(types).skip(1) {
+        assert_eq!(volume.kind.name(), name);
+    }
+    // With an ext4 in each, what the type says still holds.
+    let inner = Scratch::new();
+    let image = ext::make(&inner, 10, &["-t", "ext4"]);
+    for volume in &empty.volumes {
+        put_into(&path, volume.range.start, &image);
+    }
+    let disk = open(&path);
+    for (volume, (_, name)) in look(&disk).volumes.iter().zip(types) {
+        match &volume.state {
+            VolumeState::Readable { .. } => {
+                assert_eq!((volume.kind, name), (VolumeKind::Ext4, ""));
+                assert!(!free_of(&disk, volume).is_empty());
+            }
+            VolumeState::LeftAlone { reason } => {
+                assert!(reason.contains("type says") && reason.contains(name) && reason.contains("ext4"), "{reason}");
+            }
+        }
     }
 }
 

@@ -38,7 +38,7 @@ pub(crate) fn cases() -> Vec<Case> {
 /// A volume with the tree in it.
 pub(crate) fn make(scratch: &Scratch, mib: u64, arguments: &[&str]) -> PathBuf {
     let path = scratch.file("image", mib * MIB);
-    let mut all = vec!["-q", "-F", "-p", "0", "-H", "255", "-S", "63"];
+    let mut all = vec!["-q", "-f", "-F", "-p", "0", "-H", "255", "-S", "63"];
     all.extend(arguments);
     all.push(text(&path));
     tool("mkntfs", &all);
@@ -224,17 +224,22 @@ fn disagreements() {
 fn by_ntfs_3g() {
     let scratch = Scratch::new();
     let path = scratch.file("image", 100 * MIB);
-    tool("mkntfs", &["-q", "-F", text(&path)]);
+    tool("mkntfs", &["-q", "-f", "-F", text(&path)]);
     let point = scratch.join("mounted");
     mounted(&point, Command::new("ntfs-3g").arg(&path).arg(&point), |point| use_it(&scratch, point));
     // ntfs-3g is done some time after umount.
-    for _ in 0..100 {
-        if tool_says("sh", &["-c", &format!("pgrep -f 'ntfs-3g {}'", text(&path))]).trim().is_empty() {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    gone(&format!("ntfs-3g {}", text(&path)));
     let free = free_of_all(&open(&path));
     assert!(free.len() > 3);
     assert_eq!(free, truth(&path));
+}
+
+/// Where the bitmap lies, in bytes; it is in one piece.
+pub(crate) fn bitmap_place(path: &Path) -> Range<u64> {
+    let disk = Patched::read(path);
+    let runs = find(&disk, record(&disk, 6), &[0x80, 0, 0, 0]) + 0x40;
+    let place = disk.bytes(runs, 5);
+    assert_eq!((place[0], place[4]), (0x21, 0), "one run, whose place has two bytes");
+    let start = u64::from(u16::from_le_bytes([place[2], place[3]])) * 4096;
+    start..start + u64::from(place[1]) * 4096
 }

@@ -283,6 +283,17 @@ pub(crate) fn mounted(point: &Path, mount: &mut Command, work: impl FnOnce(&Path
     outcome.unwrap();
 }
 
+/// Waits until no process has such a command line: those that serve a file system end some time after it is unmounted.
+pub(crate) fn gone(command: &str) {
+    for _ in 0..500 {
+        if tool_says("pgrep", &["-f", command]).trim().is_empty() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    panic!("{command} does not end");
+}
+
 /// Copies the tree into a mounted file system, and deletes half of it again.
 pub(crate) fn use_it(scratch: &Scratch, point: &Path) {
     let tree = scratch.tree();
