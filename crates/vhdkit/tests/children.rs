@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vhdkit::ErrorKind;
-use vhdkit::image::OpenOptions;
+use vhdkit::image::{BlockDevice as _, OpenOptions};
 use vhdkit::ops::Progress;
 use vhdkit::ops::chain::{ChildLink, ParentFile, directory_of, find_children};
 use vhdkit_testkit::BuiltImage;
@@ -148,6 +148,25 @@ fn images_in_use_are_no_obstacle_and_stay_in_use() {
     }
     drop(child);
     assert!(!find_children(&of, &[at.to_owned()], &[], &()).unwrap().found[0].in_use);
+}
+
+#[test]
+fn of_several_copies_the_one_that_is_found_is_the_parent() {
+    let scratch = tempfile::tempdir().unwrap();
+    let at = scratch.path();
+    let base = put(at, &builder("base.vhdx", 1));
+    put(at, &builder("child.avhdx", 2).differencing(&base));
+    std::fs::copy(at.join("base.vhdx"), at.join("copy.vhdx")).unwrap();
+    assert_eq!(children(at, "base.vhdx"), [("child.avhdx".to_owned(), ChildLink::Linkage)]);
+    assert_eq!(children(at, "copy.vhdx"), []);
+    // When it is gone, or is not the parent any more, a copy is all that the child has.
+    let image = OpenOptions::new().write(true).open_path(&at.join("base.vhdx")).unwrap();
+    image.write_at(b"changed", 0).unwrap();
+    image.close().unwrap();
+    assert_eq!(children(at, "copy.vhdx"), [("child.avhdx".to_owned(), ChildLink::Linkage)]);
+    assert_eq!(children(at, "base.vhdx"), [("child.avhdx".to_owned(), ChildLink::Path)]);
+    std::fs::remove_file(at.join("base.vhdx")).unwrap();
+    assert_eq!(children(at, "copy.vhdx"), [("child.avhdx".to_owned(), ChildLink::Linkage)]);
 }
 
 #[test]

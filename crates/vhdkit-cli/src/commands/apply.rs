@@ -196,7 +196,10 @@ fn report(
         Basis::Contents => "not known by its identity; what is replaced is right",
         Basis::Nothing => "not known to be the base",
     };
-    let amount = format!("{} of data, {} to zero", sizes::short(totals.data_bytes), sizes::short(totals.zero_bytes));
+    let mut amount = format!("{} of data", sizes::short(totals.data_bytes));
+    if totals.zero_bytes > 0 {
+        amount.push_str(&format!(" and {} of zeros", sizes::short(totals.zero_bytes)));
+    }
     if args.dry_run {
         writeln!(out, "{target}: {amount} would be applied ({why}); nothing was changed")?;
     } else {

@@ -294,7 +294,7 @@ fn report_export(
     let mut out = context.ui.out();
     write_summary(&mut out, (a, b), by, &report.changes)?;
     let (data, zero) = (sizes::short(report.totals.data_bytes), sizes::short(report.totals.zero_bytes));
-    let file = show::path(target);
-    writeln!(out, "{file}: {} with {data} of data, and {zero} that become zero", sizes::short(report.file_bytes))?;
+    let (file, bytes) = (show::path(target), sizes::short(report.file_bytes));
+    writeln!(out, "{file}: {bytes}, with {data} of data and {zero} of zeros")?;
     Ok(out.flush()?)
 }

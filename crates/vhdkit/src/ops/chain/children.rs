@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use super::files::{Content, Listed, list, look_into, named};
+use super::files::{Content, Listed, list, load, look_into, named};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::guid::Guid;
 use crate::image::{FileResolver, Layer, ParentRequest, ParentResolver as _};
@@ -90,7 +90,8 @@ pub struct Children {
 /// files named. What cannot be read is told apart from what is no child. Files are only read and not locked, each of them
 /// once; an image that its user has open is no obstacle.
 ///
-/// Only what lies there is found: an image elsewhere may be a child all the same.
+/// Of several copies of one image, children are those of the copy that their path leads to. Only what lies there is found: an
+/// image elsewhere may be a child all the same.
 ///
 /// ```no_run
 /// use std::path::{Path, PathBuf};
@@ -178,14 +179,30 @@ pub fn refuse_to_break(of: &Layer, files: &[PathBuf], progress: &dyn Progress) -
 fn judge(of: &ParentFile, file: &Listed, layer: &Layer, resolver: &FileResolver) -> Option<ChildLink> {
     let locator = layer.metadata().parent_locator.as_ref().filter(|_| layer.metadata().has_parent)?;
     let wanted = Some(of.data_write_guid).filter(|guid| !guid.is_nil());
-    if wanted.is_some() && locator.linkage() == wanted {
-        return Some(ChildLink::Linkage);
-    }
-    if wanted.is_some() && locator.linkage2() == wanted {
-        return Some(ChildLink::Linkage2);
-    }
+    let link = if wanted.is_some() && locator.linkage() == wanted {
+        Some(ChildLink::Linkage)
+    } else if wanted.is_some() && locator.linkage2() == wanted {
+        Some(ChildLink::Linkage2)
+    } else {
+        None
+    };
     let request = ParentRequest { child: Some(&file.path), locator, depth: 0 };
-    let candidates = resolver.resolve(&request).unwrap_or_default(); // no path, no link
-    let first = candidates.first()?.storage.identity();
-    (first.is_some() && first == of.identity).then_some(ChildLink::Path)
+    let candidates = resolver.resolve(&request).unwrap_or_default(); // no path, no link by it
+    let Some(link) = link else {
+        let first = candidates.first()?.storage.identity();
+        return (first.is_some() && first == of.identity).then_some(ChildLink::Path);
+    };
+    // Of several copies, the parent is the one that is found first.
+    for candidate in candidates {
+        if candidate.storage.identity() == of.identity {
+            break;
+        }
+        let path = candidate.path.unwrap_or_default();
+        if let Content::Image { layer, .. } = load(&candidate.storage, &path, false)
+            && locator.accepts(layer.headers().current.data_write_guid)
+        {
+            return None;
+        }
+    }
+    Some(link)
 }

@@ -1,7 +1,8 @@
 //! The images among the files of a directory, each opened once, for reading and without a lock.
 
 use std::collections::HashSet;
-use std::fs::{FileType, Metadata};
+use std::fs::{DirEntry, FileType, Metadata};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -77,7 +78,7 @@ pub(super) fn list(directory: &Path, recursive: bool, progress: &dyn Progress) -
         for entry in entries {
             advance(progress, 0, None)?;
             let entry = entry.map_err(|error| Error::io("cannot read the directory", error).with_path(&directory))?;
-            let path = entry.path();
+            let path = path_of(&directory, &entry);
             let Ok(kind) = entry.file_type() else { continue };
             if kind.is_dir() {
                 let mut is_new = || entry.metadata().is_ok_and(|found| seen.insert(identity(&found)));
@@ -97,6 +98,13 @@ pub(super) fn list(directory: &Path, recursive: bool, progress: &dyn Progress) -
     }
     files.sort_by(|a, b| (a.is_link, &a.path).cmp(&(b.is_link, &b.path)));
     Ok(files)
+}
+
+/// The path of an entry; in the current directory its name alone, unless that could be taken for an option.
+fn path_of(directory: &Path, entry: &DirEntry) -> PathBuf {
+    let name = entry.file_name();
+    let is_plain = directory == Path::new(".") && !name.as_bytes().starts_with(b"-");
+    if is_plain { name.into() } else { entry.path() }
 }
 
 /// A file that was named. Anything that is no regular file or block device is an error.
