@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use vhdkit::format::guid::Guid;
 
-use crate::args_mending::RepairArgs;
+use crate::args_mending::{RecoverArgs, RepairArgs};
 use crate::sizes;
 
 /// What `--help` ends with.
@@ -19,7 +19,7 @@ A file named .raw, .img or .bin, a block device and standard input are raw disks
 Exit codes:
   0  done; clean; equal
   1  the answer is no: check found errors (with --strict: or warnings), compare found a difference,
-     repair left something
+     repair left something, recover guessed or lost something
   2  wrong usage
   3  not a VHDX, or not supported
   4  the image is corrupt or cut off (any command but check)
@@ -121,6 +121,7 @@ pub(crate) enum Command {
     Discard(DiscardArgs),
     Replay(ReplayArgs),
     Repair(RepairArgs),
+    Recover(RecoverArgs),
     Serve(ServeArgs),
     Map(MapArgs),
     Measure(MeasureArgs),

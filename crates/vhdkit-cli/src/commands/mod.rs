@@ -11,6 +11,7 @@ pub(crate) mod manual;
 pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod read;
+pub(crate) mod recover;
 pub(crate) mod repair;
 pub(crate) mod replay;
 pub(crate) mod serve;

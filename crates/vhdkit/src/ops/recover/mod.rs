@@ -332,6 +332,10 @@ fn inferred_disk_size(
         notes.part("disk size", Certainty::Guessed, "the parent's");
         return Ok(parent.size().max(entries_size));
     }
+    if entries_size == 0 && found.parameters.block_size.is_none() && bat_start.is_none() {
+        let error = Error::new(ErrorKind::Truncated, "nothing in this file tells where on a disk its data belongs");
+        return Err(error.with_hint("get another copy of it; if you know the size of the disk, give it with --size"));
+    }
     if entries_size > 0 {
         notes.part(
             "disk size",
