@@ -6,6 +6,7 @@ pub mod compare;
 pub mod convert;
 pub mod create;
 pub mod dump;
+mod extended;
 mod layout;
 pub mod measure;
 pub mod recover;
