@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 pub(crate) use maintain::{CompactArgs, MergeArgs, ReparentArgs, ResizeArgs, SetArgs};
 use vhdkit::format::guid::Guid;
 
-use crate::args_mending::RepairArgs;
+use crate::args_mending::{RecoverArgs, RepairArgs};
 use crate::sizes;
 
 /// What `--help` ends with.
@@ -24,7 +24,7 @@ A file named .raw, .img or .bin, a block device and standard input are raw disks
 Exit codes:
   0  done; clean; equal
   1  the answer is no: check found errors (with --strict: or warnings), compare or diff --exit-code found a
-     difference, chain found a broken link, repair left something
+     difference, chain found a broken link, repair left something, recover guessed or lost something
   2  wrong usage
   3  not a VHDX, or not supported
   4  the image is corrupt or cut off (any command but check)
@@ -136,6 +136,7 @@ pub(crate) enum Command {
     Merge(MergeArgs),
     Reparent(ReparentArgs),
     Set(SetArgs),
+    Recover(RecoverArgs),
     Serve(ServeArgs),
     Map(MapArgs),
     Measure(MeasureArgs),

@@ -109,6 +109,7 @@
 pub mod builder;
 pub mod content;
 pub mod counting;
+pub mod damage;
 pub mod dirty;
 pub mod faulty;
 pub mod foreign;

@@ -17,6 +17,7 @@ pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod merge;
 pub(crate) mod read;
+pub(crate) mod recover;
 pub(crate) mod repair;
 pub(crate) mod reparent;
 pub(crate) mod replay;

@@ -12,6 +12,7 @@ pub mod create;
 pub mod diff;
 pub mod dump;
 mod edit;
+mod extended;
 mod layout;
 pub mod measure;
 pub mod merge;

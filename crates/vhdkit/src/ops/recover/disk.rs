@@ -30,6 +30,7 @@ enum From {
 /// A disk read from what was found of an image.
 #[derive(Debug)]
 pub(super) struct RecoveredDisk<'a> {
+    pub(super) storage: &'a Arc<dyn Storage>,
     pub(super) view: &'a View,
     pub(super) geometry: Geometry,
     pub(super) physical_sector_size: u32,
@@ -64,6 +65,15 @@ impl RecoveredDisk<'_> {
         let there = parent.size().saturating_sub(offset).min(buf.len() as u64);
         let part = usize::try_from(there).ok().and_then(|there| buf.get_mut(..there));
         part.map_or(Ok(()), |part| if part.is_empty() { Ok(()) } else { parent.read_at(part, offset) })
+    }
+
+    /// Where the first data of a part of a block begins and ends on the disk; where the part ends when it has none.
+    fn data_in_block(&self, file: u64, block: BlockIndex, part: Range<u64>) -> Result<(u64, u64)> {
+        let start = self.geometry.block_range(block).start;
+        let in_file = file + (part.start - start)..file + (part.end - start); // places of a file below 1 PiB
+        let found = self.view.next_data(in_file.clone())?;
+        let to_disk = |place: u64| part.start + (place - in_file.start);
+        Ok(found.map_or((part.end, part.end), |data| (to_disk(data.start), to_disk(data.end))))
     }
 
     /// A block of which some sectors are the parent's. Without its bitmap, a sector that is all zero counts as the parent's.
@@ -167,14 +177,28 @@ impl BlockDevice for RecoveredDisk<'_> {
         while position < range.end.min(self.size()) {
             let block = self.geometry.block_of(GuestOffset(position));
             let mut end = self.geometry.block_range(block).end.min(range.end);
+            if let From::File(file) = self.from(block.0) {
+                // One block by itself, so that its holes are passed over.
+                let (start, stop) = self.data_in_block(file, block, position..end)?;
+                let is_hole = start > position;
+                let until = if is_hole { start } else { stop };
+                let kind = if is_hole { ExtentKind::Zero } else { ExtentKind::Data { file_offset: None } };
+                let extent = Extent { start: position, length: until - position, kind, layer: 0 };
+                if visit(&extent) == ControlFlow::Break(()) {
+                    return Ok(());
+                }
+                position = until;
+                continue;
+            }
             let is_data = |from: From| match from {
-                From::File(_) | From::Mixed { .. } => true,
-                From::Parent => self.parent.is_some(),
-                From::Zero => false,
+                From::File(_) => None,
+                From::Mixed { .. } => Some(true),
+                From::Parent => Some(self.parent.is_some()),
+                From::Zero => Some(false),
             };
-            let data = is_data(self.from(block.0));
+            let data = is_data(self.from(block.0)) == Some(true);
             let mut next = block.0 + 1; // on the disk
-            while end < range.end && is_data(self.from(next)) == data {
+            while end < range.end && is_data(self.from(next)) == Some(data) {
                 end = self.geometry.block_range(BlockIndex(next)).end.min(range.end);
                 next += 1;
             }
@@ -190,7 +214,7 @@ impl BlockDevice for RecoveredDisk<'_> {
 
     fn layer_storage(&self, layer: usize) -> Option<Arc<dyn Storage>> {
         match (layer, self.parent) {
-            (0, _) => Some(Arc::clone(self.view.storage())),
+            (0, _) => Some(Arc::clone(self.storage)),
             (_, Some(parent)) => parent.layer_storage(layer - 1),
             _ => None,
         }

@@ -69,7 +69,7 @@ pub struct Found {
     physical_sector_size: u32,
     table: Table,
     placing: Placing,
-    /// Blocks that are partially present and have no bitmap.
+    /// Blocks that are partially present and have no bitmap for certain.
     without_bitmap: u64,
 }
 
@@ -103,10 +103,11 @@ pub fn find(
     }
     let bat_start = structures.bat.as_ref().map(|bat| bat.start).or(searched.as_ref().map(|found| found.start));
     let inferred = match (bat_start, parameters.block_size) {
-        (Some(start), None) => {
-            searched.as_ref().and_then(|found| found.block_size).or(table::infer_block_size(&structures.view, start)?)
-        }
-        _ => None,
+        (Some(start), None) => match &searched {
+            Some(found) => found.inferred,
+            None => table::infer(&structures.view, start)?,
+        },
+        _ => table::Inferred::default(),
     };
     let used = match (&structures.bat, &searched) {
         (Some(bat), _) => table::used_entries(&structures.view, bat)?,
@@ -130,7 +131,8 @@ pub fn find(
     describe_table(&mut notes, &structures, &table, &placing, has_table, searched.is_some());
     let is_without = |placed: &&table::Placed| {
         let chunk = geometry.chunk_of(crate::units::BlockIndex(u64::from(placed.block)));
-        placed.partial && !table.bitmaps.contains_key(&chunk.0)
+        let is_sure = table.bitmaps.contains_key(&chunk.0) && !table.doubtful_bitmaps.contains(&chunk.0);
+        placed.partial && !placed.guessed && !is_sure
     };
     let without_bitmap = placing.placed.iter().filter(is_without).count() as u64;
     Ok(Found { notes, structures, geometry, physical_sector_size, table, placing, without_bitmap })
@@ -173,11 +175,12 @@ pub fn recover(
     progress: &dyn Progress,
 ) -> Result<RecoverReport> {
     let found = find(storage, name, options, progress)?;
-    write(found, target, options, progress)
+    write(found, storage, target, options, progress)
 }
 
 fn write(
     found: Found,
+    storage: &Arc<dyn Storage>,
     target: &Arc<dyn Storage>,
     options: &RecoverOptions<'_>,
     progress: &dyn Progress,
@@ -194,13 +197,16 @@ fn write(
     let guessed = placing.placed.iter().filter(|placed| placed.guessed).count() as u64 + without_bitmap;
     let all = placing.placed.len() as u64;
     let fixed = parameters.fixed && !geometry.is_differencing();
+    let mut bitmaps = table.bitmaps;
+    bitmaps.extend(placing.bitmaps);
     let disk = RecoveredDisk {
+        storage,
         view: &structures.view,
         geometry,
         physical_sector_size,
         disk_id,
         placed: placing.placed,
-        bitmaps: table.bitmaps,
+        bitmaps,
         zero: table.zero,
         parent: options.parent,
     };
@@ -254,7 +260,7 @@ fn taken(found: &Structures) -> Vec<Range<u64>> {
 fn sizes(
     found: &Structures,
     options: &RecoverOptions<'_>,
-    inferred: Option<u32>,
+    inferred: table::Inferred,
     (bat_start, used_entries): (Option<u64>, u64),
     notes: &mut Notes,
 ) -> Result<(Geometry, u32)> {
@@ -271,7 +277,7 @@ fn sizes(
         notes.part("sector size", Certainty::Guessed, "512 bytes, as nearly every disk has");
     }
     let physical = parameters.physical_sector_size.unwrap_or(4096).max(logical);
-    let block_size = match (options.block_size.or(parameters.block_size), inferred) {
+    let block_size = match (options.block_size.or(parameters.block_size), inferred.block_size) {
         (Some(known), _) => known,
         (None, Some(inferred)) => {
             notes.part("block size", Certainty::Guessed, format!("{inferred} bytes: blocks lie that far apart"));
@@ -286,7 +292,7 @@ fn sizes(
             1 << 20
         }
     };
-    let has_parent = parameters.has_parent.unwrap_or(options.parent.is_some());
+    let has_parent = parameters.has_parent.unwrap_or(options.parent.is_some() || inferred.has_parent);
     let entries_size = entries_to_bytes(used_entries, block_size, logical);
     let known = options.disk_size.or(parameters.disk_size);
     let disk_size = match known {
@@ -331,6 +337,10 @@ fn inferred_disk_size(
     if let Some(parent) = options.parent {
         notes.part("disk size", Certainty::Guessed, "the parent's");
         return Ok(parent.size().max(entries_size));
+    }
+    if entries_size == 0 && found.parameters.block_size.is_none() && bat_start.is_none() {
+        let error = Error::new(ErrorKind::Truncated, "nothing in this file tells where on a disk its data belongs");
+        return Err(error.with_hint("get another copy of it; if you know the size of the disk, give it with --size"));
     }
     if entries_size > 0 {
         notes.part(

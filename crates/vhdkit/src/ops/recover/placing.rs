@@ -14,7 +14,7 @@ use crate::format::geometry::Geometry;
 use crate::image::scan::Marks;
 use crate::image::view::View;
 use crate::ops::{Progress, advance};
-use crate::units::MIB;
+use crate::units::{BlockIndex, GuestOffset, MIB};
 
 /// Ranges of the file that are named in a report.
 const NAMED_MAX: usize = 100;
@@ -26,6 +26,8 @@ const SIGNS_MAX: usize = 4096;
 pub(super) struct Placing {
     /// In the order of the disk.
     pub(super) placed: Vec<Placed>,
+    /// Sector bitmaps that were found without their entries, in MiB.
+    pub(super) bitmaps: BTreeMap<u64, u32>,
     /// Blocks that are missing for certain.
     pub(super) lost: Vec<u64>,
     /// Bytes with data that belong nowhere.
@@ -48,6 +50,7 @@ struct Anchor {
 struct Work<'a> {
     view: &'a View,
     geometry: &'a Geometry,
+    table: &'a Table,
     marks: Marks,
     /// What the table says, in the order of the disk.
     base: Vec<Placed>,
@@ -85,24 +88,27 @@ pub(super) fn place(
         marks.mark(u64::from(*mib) * MIB, (u64::from(*mib) + 1) * MIB);
     }
     let (added, by_place, recognised) = (BTreeMap::new(), BTreeMap::new(), BTreeSet::new());
-    let mut work = Work { view, geometry, marks, base, added, by_place, recognised };
+    let mut work = Work { view, geometry, table, marks, base, added, by_place, recognised };
     let stretches = work.stretches(progress)?;
     if stretches.is_empty() && table.broken.is_empty() {
-        return Ok(work.finish(Vec::new(), &[]));
+        return Ok(work.finish(Vec::new(), &[], BTreeMap::new()));
     }
     work.by_place = work.base.iter().map(|placed| (placed.mib, placed.block)).collect();
     work.by_own_entry(&table.broken);
     let anchors = work.anchors(&stretches, progress)?;
     work.by_anchors(&anchors);
     if has_table {
+        work.between_neighbours();
         work.by_neighbours(&table.broken, &table.blank);
         work.by_order(&table.broken);
-    } else {
+    } else if !geometry.is_differencing() {
+        // Over a parent, what is put to a wrong place would hide what is right.
         work.in_file_order(&stretches);
     }
     let lost: Vec<u64> = table.broken.iter().map(|(block, _)| *block).filter(|block| !work.has(*block)).collect();
-    let rest = work.stretches(progress)?;
-    Ok(work.finish(lost, &rest))
+    let mut rest = work.stretches(progress)?;
+    let bitmaps = work.bitmaps(&mut rest);
+    Ok(work.finish(lost, &rest, bitmaps))
 }
 
 impl Work<'_> {
@@ -117,12 +123,13 @@ impl Work<'_> {
         self.get(block).is_some()
     }
 
-    fn finish(self, lost: Vec<u64>, rest: &[Range<u64>]) -> Placing {
+    fn finish(self, lost: Vec<u64>, rest: &[Range<u64>], bitmaps: BTreeMap<u64, u32>) -> Placing {
         let mut placed = self.base;
         placed.extend(self.added.into_values());
         placed.sort_unstable_by_key(|placed| placed.block);
         Placing {
             placed,
+            bitmaps,
             lost,
             bytes_unplaced: rest.iter().map(|range| range.end - range.start).sum(),
             unplaced: rest.iter().take(NAMED_MAX).cloned().collect(),
@@ -180,9 +187,60 @@ impl Work<'_> {
             return false;
         }
         self.marks.mark(start, end);
-        self.added.insert(number, Placed { block: number, mib, partial: false, guessed });
+        let partial = self.is_partial(block);
+        self.added.insert(number, Placed { block: number, mib, partial, guessed });
         self.by_place.insert(mib, number);
         true
+    }
+
+    /// True when the sector bitmap has bits set for a block. Those of blocks that never were partially present are zero.
+    fn is_partial(&self, block: u64) -> bool {
+        let geometry = self.geometry;
+        let chunk = geometry.chunk_of(BlockIndex(block));
+        let Some(mib) = self.table.bitmaps.get(&chunk.0) else { return false };
+        let range = geometry.block_range(BlockIndex(block));
+        let first = geometry.bitmap_bit(GuestOffset(range.start)) / 8;
+        let length = geometry.bitmap_bytes_per_block();
+        let start = u64::from(*mib) * MIB + first;
+        let bits = self.view.read_vec(start..start + length).unwrap_or_default();
+        bits.iter().any(|byte| *byte != 0)
+    }
+
+    /// Sector bitmaps that are missing, where exactly as many MiB are left over.
+    fn bitmaps(&self, rest: &mut Vec<Range<u64>>) -> BTreeMap<u64, u32> {
+        let placed = self.base.iter().chain(self.added.values()).filter(|placed| placed.partial);
+        let chunks: BTreeSet<u64> =
+            placed.map(|placed| self.geometry.chunk_of(BlockIndex(placed.block.into())).0).collect();
+        let missing: Vec<u64> = chunks.into_iter().filter(|chunk| !self.table.bitmaps.contains_key(chunk)).collect();
+        let fits = rest.iter().all(|range| range.end - range.start == MIB);
+        if missing.is_empty() || missing.len() != rest.len() || !fits {
+            return BTreeMap::new();
+        }
+        let places = rest.drain(..).filter_map(|range| u32::try_from(range.start / MIB).ok());
+        missing.into_iter().zip(places).collect()
+    }
+
+    /// A stretch between two blocks of which exactly so many are not there: writers put blocks one behind the other.
+    fn between_neighbours(&mut self) {
+        let size = self.geometry.block_size();
+        let places: Vec<(u32, u32)> = self.by_place.iter().map(|(mib, block)| (*mib, *block)).collect();
+        for pair in places.windows(2) {
+            let [(left, first), (right, last)] = pair else { continue };
+            let start = u64::from(*left) * MIB + size;
+            let space = (u64::from(*right) * MIB).checked_sub(start);
+            let missing = u64::from(last.saturating_sub(*first)).saturating_sub(1);
+            let fits = missing > 0 && space == missing.checked_mul(size);
+            let hidden = |block: u64| {
+                let at = self.table.zero.partition_point(|range| range.end <= block);
+                self.table.zero.get(at).is_some_and(|range| range.start <= block)
+            };
+            if !fits || (u64::from(*first) + 1..u64::from(*last)).any(|block| self.has(block) || hidden(block)) {
+                continue;
+            }
+            for (number, block) in (0_u64..).zip(u64::from(*first) + 1..u64::from(*last)) {
+                self.put(block, start + number * size, true); // inside the file
+            }
+        }
     }
 
     /// The place that a damaged entry names, if it is one that nobody else has.

@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use zerocopy::FromBytes as _;
 
+use super::FILE_BYTES_MAX;
 use super::report::{Certainty, Notes};
 use crate::error::{Error, Result};
 use crate::format::HEADER_SECTION_BYTES;
 use crate::format::checksum::checksum;
-use crate::format::finding::{CollectAll, Location};
+use crate::format::finding::{Code, CollectAll, Location};
 use crate::format::geometry::{BLOCK_SIZE_MAX, BLOCK_SIZE_MIN};
 use crate::format::guid::Guid;
 use crate::format::header::{HEADER_BYTES, Header, LOG_BYTES_MAX, OFFSETS};
@@ -20,8 +21,9 @@ use crate::format::log::{ENTRY_SIGNATURE, RawEntryHeader, ReplayLimits};
 use crate::format::metadata::{self, FLAG_USER};
 use crate::format::region::{self, BAT_GUID, METADATA_GUID};
 use crate::format::{DISK_SIZE_MAX, locator::ParentLocator};
-use crate::image::replay::replay_into_memory;
+use crate::image::replay::{ReplayReport, replay_into_memory};
 use crate::image::view::View;
+use crate::ops::extended::Extended;
 use crate::ops::{Progress, advance};
 use crate::storage::Storage;
 use crate::units::{MIB, is_aligned};
@@ -162,9 +164,14 @@ fn log(
         notes.part("log", Certainty::Certain, "clean");
         return Ok((plain(), Some(start..end)));
     }
-    let limits = ReplayLimits { file_size: size, growth_max: size.saturating_add(crate::format::log::GROWTH_MAX) };
-    let mut findings = CollectAll::default();
-    let replayed = replay_into_memory(storage, &header, limits, &mut findings);
+    let replayed = match replay(storage, &header, size) {
+        // The file was cut off; what the log holds is as good as before.
+        Err(error) if error.code() == Some(Code::LogFileTruncated) => {
+            let longer: Arc<dyn Storage> = Arc::new(Extended::new(storage, size, FILE_BYTES_MAX));
+            replay(&longer, &header, FILE_BYTES_MAX).inspect(|(view, _)| view.set_size(size))
+        }
+        other => other,
+    };
     match replayed {
         Ok((view, report)) => {
             let certainty = if certain { Certainty::Certain } else { Certainty::Guessed };
@@ -182,6 +189,11 @@ fn log(
             Ok((plain(), Some(start..end)))
         }
     }
+}
+
+fn replay(storage: &Arc<dyn Storage>, header: &Header, file_size: u64) -> Result<(View, ReplayReport)> {
+    let limits = ReplayLimits { file_size, growth_max: FILE_BYTES_MAX };
+    replay_into_memory(storage, header, limits, &mut CollectAll::default())
 }
 
 /// Looks for a log where nothing says where it is. The entry at its very beginning is of the last session, and what a

@@ -1,6 +1,6 @@
 //! The BAT: read from where it is, or found by its shape.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use super::structures::{Structures, bat_limit};
@@ -38,6 +38,8 @@ pub(super) struct Table {
     pub(super) placed: Vec<Placed>,
     /// Where the sector bitmap of a chunk is, in MiB.
     pub(super) bitmaps: BTreeMap<u64, u32>,
+    /// Chunks whose bitmap was not found by an entry in which nothing is wrong.
+    pub(super) doubtful_bitmaps: BTreeSet<u64>,
     /// Blocks that read as zeros whatever a parent has, joined.
     pub(super) zero: Vec<Range<u64>>,
     /// Blocks whose entries cannot be, each with the place that its entry names, in MiB, right or wrong.
@@ -88,13 +90,16 @@ pub(super) fn read(view: &View, start: u64, geometry: &Geometry, taken: &dyn Fn(
         match geometry.slot(BatIndex(index)) {
             BatSlot::Bitmap(chunk) => {
                 let range = entry.file_offset().0..entry.file_offset().0.saturating_add(BITMAP_BLOCK_BYTES);
-                let usable = entry.state_number() == BITMAP_PRESENT && entry.reserved() == 0 && range.end <= size;
+                let usable = entry.state_number() == BITMAP_PRESENT && range.end <= size && range.start > 0;
                 if let Ok(mib) = u32::try_from(range.start / MIB)
                     && usable
                     && geometry.is_differencing()
                     && !taken(&range)
                 {
                     table.bitmaps.insert(chunk.0, mib);
+                    if entry.reserved() != 0 {
+                        table.doubtful_bitmaps.insert(chunk.0);
+                    }
                 }
             }
             BatSlot::Payload(block) if block.0 < geometry.payload_blocks() => {
@@ -154,8 +159,14 @@ impl Table {
                 let lies_well = offset >= HEADER_SECTION_BYTES && offset < size && !taken(&range);
                 match (u32::try_from(block), u32::try_from(offset / MIB)) {
                     (Ok(block), Ok(mib)) if lies_well => {
-                        let guessed = partial && !geometry.is_differencing();
-                        self.placed.push(Placed { block, mib, partial: partial && !guessed, guessed });
+                        let strange = partial && !geometry.is_differencing();
+                        let is_cut = range.end > size;
+                        self.placed.push(Placed {
+                            block,
+                            mib,
+                            partial: partial && !strange,
+                            guessed: strange || is_cut,
+                        });
                     }
                     _ => self.broken.push((block, offset / MIB)),
                 }
@@ -168,6 +179,8 @@ impl Table {
 /// What a stretch of the file looks like as a BAT.
 #[derive(Clone, Debug, Default)]
 struct Shape {
+    /// A block is partially present, which only differencing disks have.
+    has_partial: bool,
     /// The last entry that is used.
     last: u64,
     /// Where blocks are, in MiB.
@@ -185,7 +198,7 @@ fn shape(view: &View, start: u64) -> Result<Shape> {
     // A table is whole MiB long: one in which something cannot be an entry is not part of it.
     while done < limit {
         let (base, entries) = (done / BAT_ENTRY_BYTES, (limit - done).min(MIB) / BAT_ENTRY_BYTES);
-        let (mut wrong, mut present, mut last) = (false, Vec::new(), None);
+        let (mut wrong, mut present, mut last, mut partial) = (false, Vec::new(), None, false);
         walk(view, start + done, entries, &mut |index, raw| {
             let entry = BatEntry(raw);
             let offset = entry.file_offset().0;
@@ -196,6 +209,7 @@ fn shape(view: &View, start: u64) -> Result<Shape> {
             last = Some(base + index);
             if is_present {
                 present.push(offset / MIB);
+                partial |= entry.state_number() == PayloadState::PartiallyPresent.number();
             }
         })?;
         if wrong {
@@ -203,6 +217,7 @@ fn shape(view: &View, start: u64) -> Result<Shape> {
         }
         shape.last = last.unwrap_or(shape.last);
         shape.mibs.extend(present);
+        shape.has_partial |= partial;
         done += MIB;
     }
     Ok(shape)
@@ -214,8 +229,16 @@ pub(super) struct FoundTable {
     pub(super) start: u64,
     /// Entries up to the last one that is used.
     pub(super) entries: u64,
+    pub(super) inferred: Inferred,
+}
+
+/// What a BAT shows of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Inferred {
     /// The block size that the distances between blocks show.
     pub(super) block_size: Option<u32>,
+    /// A block is partially present.
+    pub(super) has_parent: bool,
 }
 
 /// Looks for a BAT at every MiB that nothing else is known to take. A table in which blocks share places is none.
@@ -243,8 +266,8 @@ pub(super) fn search(found: &Structures, progress: &dyn Progress) -> Result<Opti
             let score = shape.mibs.len() as u64;
             let better = best.as_ref().is_none_or(|(other, _)| score > *other);
             if distinct && elsewhere && score >= PRESENT_MIN && better {
-                let table =
-                    FoundTable { start: offset, entries: shape.last + 1, block_size: block_size(&shape.mibs, size) };
+                let inferred = shape.inferred(size);
+                let table = FoundTable { start: offset, entries: shape.last + 1, inferred };
                 best = Some((score, table));
                 if score >= 64 {
                     break; // no chance makes so many
@@ -267,28 +290,36 @@ fn looks_like_a_table(view: &View, offset: u64) -> Result<bool> {
     }))
 }
 
-/// The block size that distances between blocks show: blocks that lie side by side are one block apart.
-fn block_size(sorted: &[u64], size: u64) -> Option<u32> {
-    let mut counts: BTreeMap<u64, u64> = BTreeMap::new();
-    for pair in sorted.windows(2) {
-        if let [first, second] = pair {
-            let gap = second - first; // sorted
-            if gap.is_power_of_two() && gap <= 256 {
-                *counts.entry(gap).or_default() += 1;
+impl Shape {
+    /// The block size that distances between blocks show: none is smaller, and blocks that lie side by side are one block
+    /// apart. Sector bitmaps, which only differencing disks have, are 1 MiB; there the commonest distance counts.
+    fn inferred(&self, size: u64) -> Inferred {
+        let mut counts: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut least = None;
+        for pair in self.mibs.windows(2) {
+            if let [first, second] = pair {
+                let gap = second - first; // sorted
+                least = least.into_iter().chain(std::iter::once(gap)).min();
+                if gap.is_power_of_two() {
+                    *counts.entry(gap).or_default() += 1;
+                }
             }
         }
+        let commonest = counts.into_iter().max_by_key(|(gap, count)| (*count, *gap)).map(|(gap, _)| gap);
+        let behind_last = self.mibs.last().map(|last| (size / MIB).saturating_sub(*last));
+        let mib = if self.has_partial { commonest } else { least.or(behind_last) };
+        // The largest power of two that is not larger.
+        let mib = mib.filter(|mib| *mib > 0).map(|mib| 1 << (63 - mib.leading_zeros()).min(8));
+        Inferred { block_size: mib.and_then(|mib: u64| u32::try_from(mib * MIB).ok()), has_parent: self.has_partial }
     }
-    let common = counts.into_iter().max_by_key(|(gap, count)| (*count, *gap)).map(|(gap, _)| gap);
-    let behind_last = sorted.last().map(|last| (size / MIB).saturating_sub(*last)).filter(|gap| gap.is_power_of_two());
-    common.or(behind_last).and_then(|mib| u32::try_from(mib * MIB).ok())
 }
 
-/// The block size that a BAT at a known place shows.
-pub(super) fn infer_block_size(view: &View, start: u64) -> Result<Option<u32>> {
+/// What a BAT at a known place shows.
+pub(super) fn infer(view: &View, start: u64) -> Result<Inferred> {
     let mut shape = shape(view, start)?;
     shape.mibs.sort_unstable();
     shape.mibs.dedup();
-    Ok(block_size(&shape.mibs, view.size()))
+    Ok(shape.inferred(view.size()))
 }
 
 /// Entries up to the last one that is used, of a BAT at a known place.

@@ -15,6 +15,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::error::{Error, Result};
 use crate::format::header::{HEADER_BYTES, Header, OFFSETS};
 use crate::image::view::View;
+use crate::ops::extended::{Extended, read_extended};
 use crate::storage::Storage;
 
 /// Bytes of a page of changes.
@@ -80,7 +81,7 @@ impl Draft {
     /// The file as it is, with zeros behind its end up to the planned length.
     pub(super) fn extended(&self) -> Arc<dyn Storage> {
         let length = self.length().max(self.base_length);
-        Arc::new(Extended { base: Arc::clone(&self.base), base_length: self.base_length, length })
+        Arc::new(Extended::new(&self.base, self.base_length, length))
     }
 
     /// Lays a replayed log over the file.
@@ -208,14 +209,6 @@ fn into_io(error: Error) -> io::Error {
     error.io_error().map_or_else(|| io::Error::other(error.message().to_owned()), |cause| cause.kind().into())
 }
 
-/// Reads a file as if it went on with zeros.
-fn read_extended(base: &dyn Storage, base_length: u64, buf: &mut [u8], offset: u64) -> io::Result<()> {
-    let there = usize::try_from(base_length.saturating_sub(offset)).unwrap_or(usize::MAX).min(buf.len());
-    let (data, beyond) = buf.split_at_mut(there);
-    beyond.fill(0);
-    if data.is_empty() { Ok(()) } else { base.read_at(data, offset) }
-}
-
 fn read_only() -> io::Error {
     io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "a plan is only read")
 }
@@ -262,42 +255,5 @@ impl Storage for Draft {
             }
         }
         Ok(found)
-    }
-}
-
-/// A file that goes on with zeros.
-#[derive(Debug)]
-struct Extended {
-    base: Arc<dyn Storage>,
-    base_length: u64,
-    length: u64,
-}
-
-impl Storage for Extended {
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.length)
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        if offset.checked_add(buf.len() as u64).is_none_or(|end| end > self.length) && !buf.is_empty() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        read_extended(self.base.as_ref(), self.base_length, buf, offset)
-    }
-
-    fn write_at(&self, _buf: &[u8], _offset: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn set_len(&self, _len: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
-        self.base.next_data(range.start..range.end.min(self.base_length).max(range.start))
     }
 }

@@ -1,0 +1,173 @@
+//! `repair` and `recover` as they are typed.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "test code"
+)]
+
+mod common;
+
+use std::os::unix::fs::MetadataExt as _;
+
+use common::{MIB, Scratch, disk_bytes, dynamic};
+use vhdkit_testkit::builder::BlockSpec;
+use vhdkit_testkit::content::Content;
+
+/// An image with a torn header copy, a damaged region table copy, and two blocks at one place.
+fn broken(scratch: &Scratch, name: &str) {
+    let first = dynamic().build().layout.payload_block(1) / MIB;
+    let shared = BlockSpec::present(Content::pattern(11)).at(first);
+    let builder = dynamic().block(1, shared.clone()).block(2, shared).patch(64 << 10, &[0xff; 512]);
+    builder.patch(256 << 10, &[0xff; 512]).build().write_to(&scratch.join(name)).unwrap();
+}
+
+#[test]
+fn a_plan_changes_nothing() {
+    let scratch = Scratch::new();
+    broken(&scratch, "a.vhdx");
+    let (sums, before) = (scratch.sums(), std::fs::metadata(scratch.join("a.vhdx")).unwrap());
+    let run = scratch.run(&["repair", "a.vhdx"]).expect(0).silent();
+    for words in ["would do: ", "lost: nothing", "nothing was changed", "--apply", "V-007", "V-060", "V-118"] {
+        assert!(run.out.contains(words), "{words}: {}", run.out);
+    }
+    let after = std::fs::metadata(scratch.join("a.vhdx")).unwrap();
+    assert_eq!((before.mtime_nsec(), before.ctime_nsec()), (after.mtime_nsec(), after.ctime_nsec()));
+    assert_eq!((scratch.sums(), scratch.names()), (sums, vec!["a.vhdx".to_owned()]));
+    let plan = scratch.run(&["repair", "a.vhdx", "--json"]).expect(0).silent().json();
+    assert_eq!((&plan["applied"], &plan["possible"], &plan["undo"]), (&false.into(), &true.into(), &().into()));
+    assert_eq!(plan["actions"].as_array().unwrap().len(), 3);
+    assert_eq!((&plan["after"]["errors"], &plan["left"]), (&0.into(), &serde_json::json!([])));
+    assert_eq!(plan["actions"][0]["finding"]["code"], "header-copy-damaged");
+}
+
+#[test]
+fn what_is_applied_can_be_undone() {
+    let scratch = Scratch::new();
+    broken(&scratch, "a.vhdx");
+    let sums = scratch.sums();
+    let run = scratch.run(&["repair", "a.vhdx", "--apply"]).expect(0).silent();
+    assert!(run.out.contains("done: ") && run.out.contains("repair a.vhdx --restore a.vhdx.undo"), "{}", run.out);
+    scratch.run(&["check", "--strict", "a.vhdx"]).expect(0);
+    let again = scratch.run(&["repair", "a.vhdx", "--apply"]).expect(0).silent();
+    assert!(again.out.contains("nothing to mend"), "{}", again.out);
+    let run = scratch.run(&["repair", "a.vhdx", "--restore", "a.vhdx.undo", "--json"]).expect(0).silent();
+    assert_eq!(run.json()["restored"], true);
+    std::fs::remove_file(scratch.join("a.vhdx.undo")).unwrap();
+    assert_eq!(scratch.sums(), sums);
+}
+
+#[test]
+fn a_record_is_never_replaced() {
+    let scratch = Scratch::new();
+    broken(&scratch, "a.vhdx");
+    scratch.write("a.vhdx.undo", b"precious");
+    scratch.write("other", b"precious too");
+    let sums = scratch.sums();
+    for arguments in [
+        &["repair", "a.vhdx", "--apply"][..],
+        &["repair", "a.vhdx", "--apply", "--force"],
+        &["repair", "a.vhdx", "--apply", "--undo", "other"],
+        &["repair", "a.vhdx", "--apply", "--undo", "a.vhdx"],
+    ] {
+        let run = scratch.run(arguments).expect(6);
+        assert!(run.err.contains("--restore"), "{}", run.err);
+        assert_eq!(scratch.sums(), sums, "{arguments:?}");
+    }
+    scratch.run(&["repair", "a.vhdx", "--apply", "--undo", "fresh"]).expect(0);
+    assert!(scratch.join("fresh").is_file());
+}
+
+#[test]
+fn a_record_that_does_not_belong_is_refused() {
+    let scratch = Scratch::new();
+    broken(&scratch, "a.vhdx");
+    broken(&scratch, "b.vhdx");
+    scratch.run(&["repair", "a.vhdx", "--apply"]).expect(0);
+    scratch.write("junk", &common::junk(5000));
+    scratch.pipe(&["write", "b.vhdx", "--offset", "1M"], b"hello").expect(4);
+    let sums = scratch.sums();
+    // b is the same file, so that its state is a legal one; what is written to since is not.
+    scratch.run(&["repair", "b.vhdx", "--restore", "junk"]).expect(2);
+    scratch.run(&["repair", "b.vhdx", "--restore", "missing"]).expect(5);
+    scratch.run(&["repair", "a.vhdx", "--restore", "a.vhdx"]).expect(2);
+    assert_eq!(scratch.sums(), sums);
+    scratch.pipe(&["write", "a.vhdx", "--offset", "1M"], b"hello").expect(0);
+    let sums = scratch.sums();
+    let run = scratch.run(&["repair", "a.vhdx", "--restore", "a.vhdx.undo"]).expect(6);
+    assert!(run.err.contains("does not belong"), "{}", run.err);
+    assert_eq!(scratch.sums(), sums);
+}
+
+#[test]
+fn what_is_left_ends_with_1() {
+    let scratch = Scratch::new();
+    let metadata = dynamic().build().layout.metadata;
+    dynamic().patch(metadata, &[0; 4096]).build().write_to(&scratch.join("a.vhdx")).unwrap();
+    let sums = scratch.sums();
+    for arguments in [&["repair", "a.vhdx"][..], &["repair", "a.vhdx", "--apply"]] {
+        let run = scratch.run(arguments).expect(1).silent();
+        assert!(run.out.contains("left: ") && run.out.contains("vhdkit recover"), "{}", run.out);
+        assert_eq!(scratch.sums(), sums);
+    }
+    let run = scratch.run(&["recover", "a.vhdx", "b.vhdx"]).expect(0).silent();
+    assert!(run.out.contains("metadata:"), "{}", run.out);
+    let disk = scratch.run(&["read", "b.vhdx"]).expect(0).stdout;
+    assert!(disk == disk_bytes(&dynamic().build()));
+}
+
+#[test]
+fn a_dirty_log_is_put_into_place() {
+    let scratch = Scratch::new();
+    let built = scratch.dirty("a.vhdx");
+    let sums = scratch.sums();
+    let run = scratch.run(&["repair", "a.vhdx"]).expect(0).silent();
+    assert!(run.out.contains("put into place"), "{}", run.out);
+    assert_eq!(scratch.sums(), sums);
+    scratch.run(&["repair", "a.vhdx", "--apply"]).expect(0);
+    assert_eq!(scratch.run(&["info", "a.vhdx", "--json"]).expect(0).json()["log"]["state"], "clean");
+    assert!(scratch.run(&["read", "a.vhdx"]).expect(0).stdout == disk_bytes(&built));
+    scratch.run(&["repair", "a.vhdx", "--restore", "a.vhdx.undo"]).expect(0);
+    std::fs::remove_file(scratch.join("a.vhdx.undo")).unwrap();
+    assert_eq!(scratch.sums(), sums);
+}
+
+#[test]
+fn a_child_that_lost_its_parent_is_told_of_reparent() {
+    let scratch = Scratch::new();
+    scratch.chain();
+    scratch.run(&["repair", "child.vhdx"]).expect(0);
+    scratch.pipe(&["write", "base.vhdx", "--offset", "0"], b"changed").expect(0);
+    let run = scratch.run(&["repair", "child.vhdx"]).expect(1);
+    assert!(run.out.contains("vhdkit reparent") && run.out.contains("V-152"), "{}", run.out);
+    let run = scratch.run(&["repair", "child.vhdx", "--json"]).expect(1);
+    assert_eq!(run.json()["parent"]["kind"], "parent-mismatch");
+}
+
+#[test]
+fn a_child_is_recovered_with_its_parent() {
+    let scratch = Scratch::new();
+    let child = scratch.chain();
+    let run = scratch.run(&["recover", "child.vhdx", "alone.vhdx"]).expect(1).silent();
+    assert!(run.out.contains("--parent FILE"), "{}", run.out);
+    scratch.run(&["recover", "child.vhdx", "whole.vhdx", "--parent", "base.vhdx"]).expect(0);
+    assert!(scratch.run(&["read", "whole.vhdx"]).expect(0).stdout == disk_bytes(&child));
+}
+
+#[test]
+fn sizes_that_are_known_may_be_given() {
+    let scratch = Scratch::new();
+    let layout = dynamic().build().layout;
+    let zeros = vec![0; MIB as usize];
+    dynamic().patch(layout.metadata, &zeros).build().write_to(&scratch.join("a.vhdx")).unwrap();
+    let arguments =
+        ["recover", "a.vhdx", "b.vhdx", "--size", "8M", "--block-size", "1M", "--sector-size", "512", "--json"];
+    let report = scratch.run(&arguments).expect(0).silent().json();
+    assert_eq!((&report["disk_size"], &report["block_size"]), (&(8 * MIB).into(), &MIB.into()));
+    assert!(scratch.run(&["read", "b.vhdx"]).expect(0).stdout == disk_bytes(&dynamic().build()));
+    scratch.run(&["recover", "a.vhdx", "c.vhdx", "--block-size", "3M"]).expect(2);
+    scratch.run(&["recover", "a.vhdx", "c.vhdx", "--sector-size", "520"]).expect(2);
+    assert!(!scratch.names().contains(&"c.vhdx".to_owned()));
+}
