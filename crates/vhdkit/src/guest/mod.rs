@@ -182,6 +182,14 @@ impl FileSystem {
         }
     }
 
+    /// Checks what the walk does not, and what need not be checked twice.
+    fn check(&self, window: &Window<'_>, tick: &Tick<'_>) -> Checked<()> {
+        match self {
+            Self::Ntfs(ntfs) => ntfs.check_files(window, tick),
+            _ => Ok(()),
+        }
+    }
+
     /// Gives every free range to the sink, and checks everything on the way.
     fn walk(&self, window: &Window<'_>, sink: &mut FreeSink<'_>, tick: &Tick<'_>) -> Checked<()> {
         match self {
@@ -219,6 +227,16 @@ pub fn survey(disk: &dyn BlockDevice, progress: &dyn Progress) -> Result<Survey>
     let empty = is_empty(disk, 0..disk.size())?;
     advance(progress, disk.size(), Some(disk.size()))?;
     Ok(Survey { table: found.table, volumes, remarks: found.remarks, table_end: found.end, empty })
+}
+
+/// Everything whose signature lies in a range of a disk, as far as it lies on the disk, in no order: several where one
+/// thing was made over another. Understood or in order need none of it be. Of the kinds of ext and FAT, whichever it
+/// is, [`VolumeKind::Ext4`] and [`VolumeKind::Fat32`] are named.
+///
+/// # Errors
+/// What stands in the way of reading the disk.
+pub fn recognise(disk: &dyn BlockDevice, range: &Range<u64>) -> Result<Vec<VolumeKind>> {
+    settled(known::scan(&Window::new(disk, range)))
 }
 
 /// Looks at one volume.
@@ -270,6 +288,7 @@ fn open(disk: &dyn BlockDevice, volume: &mut Volume, kind: VolumeKind, progress:
         let mut ignore = |_| ControlFlow::Continue(());
         let mut sink = FreeSink::new(window.start(), system.bytes(), &mut ignore);
         system.walk(&window, &mut sink, &tick)?;
+        system.check(&window, &tick)?;
         Ok((sink.finish(), system))
     });
     match opened {

@@ -12,7 +12,7 @@ use crate::support::*;
 use crate::{ext, fat, ntfs, xfs};
 
 /// Variants of each disk with bytes changed at random.
-const RANDOM_VARIANTS: usize = 300;
+const RANDOM_VARIANTS: usize = 200;
 
 pub(crate) fn cases() -> Vec<Case> {
     let ext = || Needs::tools(&["mke2fs", "debugfs"]);
@@ -67,10 +67,10 @@ fn of_exfat() {
 fn of_ntfs() {
     let scratch = Scratch::new();
     let path = ntfs::make(&scratch, 8, &["-c", "4096"]);
-    let bitmap = ntfs::bitmap_place(&path);
     let disk = Patched::read(&path);
     let table = u64::from_le_bytes(disk.bytes(0x30, 8).try_into().unwrap()) * 4096;
-    damage(&path, &[0..128, table..table + 480, table + 6144..table + 6144 + 512], &[bitmap]);
+    // Each cluster of a file is looked for in the bitmap, so that it needs no exception.
+    damage(&path, &[0..128, table..table + 480, table + 6144..table + 6144 + 512], &[]);
 }
 
 /// Changes bytes: each of those in `dense` in several ways, then any that are not zero, and cuts the disk.
@@ -84,7 +84,7 @@ fn damage(path: &Path, dense: &[Range<u64>], bitmaps: &[Range<u64>]) {
     };
     for offset in dense.iter().flat_map(Clone::clone) {
         let byte = disk.bytes(offset, 1)[0];
-        for new in [byte ^ 1 << (offset % 8), byte << 1, 0xff] {
+        for new in [byte ^ 1 << (offset % 8), byte << 1] {
             if new != byte {
                 judge(&(offset, byte, new), &disk.with(offset, &[new]));
             }

@@ -56,6 +56,7 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.push(Case::new("ext: checksums", needs(), checksums));
     cases.push(Case::new("ext: counts that disagree", needs(), counts));
     cases.push(Case::new("ext: larger than its partition", needs(), larger));
+    cases.push(Case::new("ext4 of 1 TiB: only metadata is read", needs(), metadata_only));
     let root = || needs().and_root().and_file("/dev/loop-control");
     cases.push(Case::new("ext4 by the kernel", root(), || by_the_kernel("ext4")));
     cases.push(Case::new("ext2 by the kernel", root(), || by_the_kernel("ext2")));
@@ -240,5 +241,21 @@ fn by_the_kernel(kind: &str) {
     let disk = open(&path);
     let free = free_of_all(&disk);
     assert!(free.len() > 3);
+    assert_eq!(free, truth(&path));
+}
+
+/// What is read of a large disk goes with its metadata, in few reads.
+fn metadata_only() {
+    let scratch = Scratch::new();
+    let path = make(&scratch, 1 << 20, &["-t", "ext4", "-b", "4096"]);
+    let disk = Counted::new(&path);
+    let survey = look(&disk);
+    assert!(matches!(survey.volumes[0].state, VolumeState::Readable { .. }), "{:?}", survey.volumes[0].state);
+    let (reads, bytes) = disk.counts();
+    // 8192 groups: descriptors of 512 KiB, few bitmaps; 1.5 MiB for signatures.
+    assert!(reads < 700 && bytes < 5 * MIB, "{reads} reads of {bytes} bytes");
+    let free = free_of(&disk, &survey.volumes[0]);
+    let (more, _) = disk.counts();
+    assert!(more < 2 * reads, "{more} reads");
     assert_eq!(free, truth(&path));
 }

@@ -75,7 +75,7 @@ pub(crate) fn truth(path: &Path, kind: VolumeKind) -> Vec<Range<u64>> {
     };
     let free: Vec<u64> = (0..clusters).filter(|index| entry(usize::try_from(index + 2).unwrap()) == 0).collect();
     // fsck.fat ends with: "image: 26 files, 431/2010 clusters"
-    let said = tool("fsck.fat", &["-n", text(path)]);
+    let said = tool_says("fsck.fat", &["-n", text(path)]);
     let counts = said.lines().last().unwrap().rsplit(", ").next().unwrap();
     let (used, all) = counts.split_once(' ').unwrap().0.split_once('/').unwrap();
     assert_eq!(all.parse::<u64>().unwrap(), clusters);

@@ -216,6 +216,19 @@ fn disagreements() {
     // A run that leads elsewhere, and one that is sparse.
     assert!(why(&disk.with(runs, &[0x11, 1, 0x7f, 0])).contains("system file"));
     assert!(why(&disk.with(runs, &[0x01, 1, 0])).contains("not stored plainly"));
+    // A cluster of a file marked as free, of the system or not.
+    let bits = disk.bytes(cluster, 4096);
+    let used = (0..20 * 256 - 1_usize).rev().filter(|number| bits[number / 8] >> (number % 8) & 1 == 1);
+    let files: Vec<usize> =
+        used.filter(|number| disk.bytes(*number as u64 * 4096, 4).iter().any(|byte| *byte != 0)).collect();
+    let mut caught = 0;
+    for number in files.iter().take(60) {
+        let byte = bits[number / 8] & !(1 << (number % 8));
+        let reason = why(&disk.with(cluster + *number as u64 / 8, &[byte]));
+        assert!(reason.contains("marked as free"), "{reason}");
+        caught += usize::from(reason.contains("clusters of file"));
+    }
+    assert!(caught > 10, "{caught} of {files:?}");
     let mut cut = disk.clone();
     cut.size -= 512;
     assert!(why(&cut).contains("larger"));
@@ -232,14 +245,4 @@ fn by_ntfs_3g() {
     let free = free_of_all(&open(&path));
     assert!(free.len() > 3);
     assert_eq!(free, truth(&path));
-}
-
-/// Where the bitmap lies, in bytes; it is in one piece.
-pub(crate) fn bitmap_place(path: &Path) -> Range<u64> {
-    let disk = Patched::read(path);
-    let runs = find(&disk, record(&disk, 6), &[0x80, 0, 0, 0]) + 0x40;
-    let place = disk.bytes(runs, 5);
-    assert_eq!((place[0], place[4]), (0x21, 0), "one run, whose place has two bytes");
-    let start = u64::from(u16::from_le_bytes([place[2], place[3]])) * 4096;
-    start..start + u64::from(place[1]) * 4096
 }

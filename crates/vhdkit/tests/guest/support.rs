@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vhdkit::format::guid::Guid;
 use vhdkit::guest::{Survey, Volume, VolumeState, survey};
@@ -189,6 +190,65 @@ impl BlockDevice for Patched {
             let _ = visit(&Extent { start: range.start, length: range.end - range.start, kind, layer: 0 });
         }
         Ok(())
+    }
+}
+
+/// A disk that counts what is read.
+#[derive(Debug)]
+pub(crate) struct Counted {
+    disk: RawDisk,
+    reads: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Counted {
+    pub(crate) fn new(path: &Path) -> Self {
+        Self { disk: open(path), reads: AtomicU64::new(0), bytes: AtomicU64::new(0) }
+    }
+
+    /// Reads, and bytes of all.
+    pub(crate) fn counts(&self) -> (u64, u64) {
+        (self.reads.load(Ordering::Relaxed), self.bytes.load(Ordering::Relaxed))
+    }
+}
+
+impl BlockDevice for Counted {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    fn logical_sector_size(&self) -> u32 {
+        512
+    }
+
+    fn physical_sector_size(&self) -> u32 {
+        512
+    }
+
+    fn allocation_unit(&self) -> u64 {
+        4096
+    }
+
+    fn unallocated_reads_zero(&self) -> bool {
+        true
+    }
+
+    fn is_read_only(&self) -> bool {
+        true
+    }
+
+    fn disk_id(&self) -> Option<Guid> {
+        None
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> vhdkit::Result<()> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        self.disk.read_at(buf, offset)
+    }
+
+    fn visit_extents(&self, range: Range<u64>, visit: &mut VisitExtent<'_>) -> vhdkit::Result<()> {
+        self.disk.visit_extents(range, visit)
     }
 }
 

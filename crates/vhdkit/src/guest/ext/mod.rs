@@ -75,10 +75,13 @@ impl Ext {
         let sb = self.superblock.clone();
         let (per_block, size) = (sb.descriptors_per_block(), sb.descriptor_size);
         let mut taken = Vec::new();
+        let mut blocks = Blocks::default();
         for number in 0..sb.descriptor_blocks {
             let place = sb.descriptor_block(number);
             require(place < sb.blocks, "a block of its group descriptors lies outside of it")?;
-            let block = window.read(place * sb.block_size, sb.block_size)?; // below the size
+            // Without meta_bg they lie side by side.
+            let count = if sb.first_meta_bg.is_none() { sb.descriptor_blocks - number } else { 1 };
+            let block = blocks.get(window, sb.block_size, place, count.min(sb.blocks - place))?;
             let first = number * per_block;
             let descriptors = block.chunks_exact(usize::try_from(size).unwrap_or(usize::MAX));
             for (group, bytes) in (first..sb.groups).zip(descriptors) {
@@ -145,13 +148,14 @@ impl Ext {
     /// Gives every free range to the sink, and checks everything on the way.
     pub(super) fn walk(&self, window: &Window<'_>, sink: &mut FreeSink<'_>, tick: &Tick<'_>) -> Checked<()> {
         let sb = &self.superblock;
-        let mut bitmaps = Bitmaps { first: 0, bytes: Vec::new() };
+        let mut bitmaps = Blocks::default();
         let mut total = 0;
         for (number, group) in (0..).zip(&self.groups) {
             let blocks = sb.group_blocks(number);
             let clusters = match group.bitmap {
                 Some(place) => {
-                    let bitmap = bitmaps.get(self, window, number, place)?;
+                    let side_by_side = self.bitmaps_from(number, place);
+                    let bitmap = bitmaps.get(window, sb.block_size, place, side_by_side)?;
                     self.check_bitmap(number, group, bitmap)?;
                     self.used_group(&blocks, bitmap, sink)?
                 }
@@ -174,6 +178,22 @@ impl Ext {
             return reason(format!("{blocks} blocks are free, but its superblock says {}", sb.free_blocks));
         }
         Ok(())
+    }
+
+    /// How many block bitmaps lie side by side, from that of a group on. Groups without one have a place for it, which is
+    /// read along when more follow.
+    fn bitmaps_from(&self, group: u64, place: u64) -> u64 {
+        let most = READ_BYTES_MAX / self.superblock.block_size;
+        let behind = usize::try_from(group).unwrap_or(usize::MAX).saturating_add(1);
+        let mut count = 1;
+        for (step, next) in (1..most).zip(self.groups.iter().skip(behind)) {
+            match next.bitmap {
+                Some(next) if next == place.saturating_add(step) => count = step + 1,
+                Some(_) => break,
+                None => {}
+            }
+        }
+        count
     }
 
     fn check_bitmap(&self, number: u64, group: &Group, bitmap: &[u8]) -> Checked<()> {
@@ -283,37 +303,28 @@ fn before_sum(rest: &[u8]) -> u16 {
     }
 }
 
-/// Block bitmaps, read many at a time where they lie side by side.
-struct Bitmaps {
+/// Blocks, read many at a time where they lie side by side.
+#[derive(Default)]
+struct Blocks {
     /// The block that `bytes` begins with.
     first: u64,
     bytes: Vec<u8>,
 }
 
-impl Bitmaps {
-    fn get(&mut self, ext: &Ext, window: &Window<'_>, group: u64, place: u64) -> Checked<&[u8]> {
-        let size = ext.superblock.block_size;
+impl Blocks {
+    /// The block at `place`; when it is not there yet, `count` blocks are read from it on, as far as one read goes.
+    fn get(&mut self, window: &Window<'_>, size: u64, place: u64, count: u64) -> Checked<&[u8]> {
         let loaded = self.bytes.len() as u64 / size;
         if place < self.first || place - self.first >= loaded {
-            let most = READ_BYTES_MAX / size;
-            let start = usize::try_from(group).unwrap_or(usize::MAX);
-            // Groups without a bitmap have a place for one, too: it is read along when the next ones follow.
-            let mut count = 1;
-            for (step, next) in (1..most).zip(ext.groups.iter().skip(start.saturating_add(1))) {
-                match next.bitmap {
-                    Some(next) if next == place.saturating_add(step) => count = step + 1,
-                    Some(_) => break,
-                    None => {}
-                }
-            }
-            self.bytes = window.read(place * size, count * size)?; // the place was checked
+            let count = count.clamp(1, READ_BYTES_MAX / size);
+            self.bytes = window.read(place.saturating_mul(size), count * size)?;
             self.first = place;
         }
         let offset = usize::try_from((place - self.first) * size).unwrap_or(usize::MAX);
         let length = usize::try_from(size).unwrap_or_default();
         match self.bytes.get(offset..).and_then(|rest| rest.get(..length)) {
-            Some(bitmap) => Ok(bitmap),
-            None => reason("a block bitmap is cut off"),
+            Some(block) => Ok(block),
+            None => reason("a block is cut off"),
         }
     }
 }

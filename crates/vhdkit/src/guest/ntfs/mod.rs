@@ -2,9 +2,10 @@
 //!
 //! NTFS has no checksums and counts no free clusters, so trust comes from elsewhere: the volume is marked clean, `$LogFile`
 //! has nothing to replay, Windows does not sleep on it, the first records of the master file table equal their mirror, and
-//! every cluster of the system files is marked used. Shadow copies keep what they need in clusters that look free, so that
+//! every cluster that any record of the master file table names is marked used. Shadow copies keep what they need in clusters that look free, so that
 //! a volume with a catalogue of them is left alone.
 
+mod files;
 mod raw;
 mod record;
 mod state;
@@ -46,6 +47,8 @@ pub(super) struct Ntfs {
     /// Bytes of a record of the master file table.
     record_bytes: u64,
     table: Vec<(Option<u64>, u64)>,
+    /// Bytes of the master file table that were ever written: whole records.
+    table_bytes: u64,
     bitmap: Bitmap,
     /// Clusters that must not be free, in order, joined.
     taken: Vec<Range<u64>>,
@@ -74,6 +77,8 @@ impl Ntfs {
         require(stored.plain && stored.from_start, "its file table is not stored plainly")?;
         let starts_there = stored.runs.first().is_some_and(|run| run.0 == Some(raw.table_cluster.get()));
         require(starts_there, "its file table is not where the boot sector says")?;
+        let records = stored.data_bytes.min(stored.initialized_bytes) / this.record_bytes;
+        this.table_bytes = records * this.record_bytes;
         this.table = stored.runs;
         this.check_mirror(window, raw.mirror_cluster.get())?;
         state::check(&this, window)?;
@@ -103,7 +108,17 @@ impl Ntfs {
         let fits = record_bytes.is_power_of_two() && (1024..=4096).contains(&record_bytes);
         require(fits, "the size of its file records is not one")?;
         let bitmap = Bitmap::Here(Vec::new());
-        Ok(Self { sector, sectors, cluster, clusters, record_bytes, table: Vec::new(), bitmap, taken: Vec::new() })
+        Ok(Self {
+            sector,
+            sectors,
+            cluster,
+            clusters,
+            record_bytes,
+            table: Vec::new(),
+            table_bytes: 0,
+            bitmap,
+            taken: Vec::new(),
+        })
     }
 
     /// Bytes of the volume: its sectors, and the copy of the boot sector behind them.
@@ -213,6 +228,11 @@ impl Ntfs {
             }
         }
         Ok(())
+    }
+
+    /// Checks that the bitmap knows of every file.
+    pub(super) fn check_files(&self, window: &Window<'_>, tick: &Tick<'_>) -> Checked<()> {
+        files::check(self, window, tick)
     }
 
     /// Gives every free range to the sink, and checks that nothing known is among them.

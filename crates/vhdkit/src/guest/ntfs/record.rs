@@ -8,7 +8,7 @@ use crate::guest::window::{Checked, parse, reason, require};
 /// Bytes that each stamp protects, whatever the sector is.
 const STRIDE: usize = 512;
 /// `flags` of a record: it is in use.
-const IN_USE: u16 = 1;
+pub(super) const IN_USE: u16 = 1;
 /// Kinds of attributes.
 pub(super) mod kind {
     pub(in crate::guest::ntfs) const LIST: u32 = 0x20;
@@ -42,6 +42,11 @@ pub(super) fn unstamp(bytes: &mut [u8], magic: [u8; 4]) -> Checked<()> {
     Ok(())
 }
 
+/// The flags of a record as it was read.
+pub(super) fn flags_of(bytes: &[u8]) -> Checked<u16> {
+    Ok(parse::<RawRecord>(bytes, 0)?.flags.get())
+}
+
 /// A record in use, without stamps.
 #[derive(Debug)]
 pub(super) struct Record {
@@ -50,16 +55,23 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// Judges a record as it was read.
-    pub(super) fn new(mut bytes: Vec<u8>) -> Checked<Self> {
-        unstamp(&mut bytes, *b"FILE")?;
+    /// Judges the record of a system file as it was read.
+    pub(super) fn new(bytes: Vec<u8>) -> Checked<Self> {
         let raw: RawRecord = parse(&bytes, 0)?;
+        let this = Self::any(bytes)?;
         require(raw.flags.get() & IN_USE != 0, "a system record is not in use")?;
         require(raw.base.get() == 0, "a system record is part of another")?;
+        Ok(this)
+    }
+
+    /// Judges a record as it was read, whatever it is for.
+    pub(super) fn any(mut bytes: Vec<u8>) -> Checked<Self> {
+        unstamp(&mut bytes, *b"FILE")?;
+        let raw: RawRecord = parse(&bytes, 0)?;
         let used = usize::try_from(raw.bytes_used.get()).unwrap_or(usize::MAX);
         let start = usize::from(raw.attributes_offset.get());
         let fits = start >= size_of::<RawRecord>() && start <= used && used <= bytes.len();
-        require(fits, "the bytes of a system record are not as many as there can be")?;
+        require(fits, "the bytes of a record are not as many as there can be")?;
         Ok(Self { bytes, attributes: start..used })
     }
 
