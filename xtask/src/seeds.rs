@@ -32,6 +32,7 @@ pub(crate) fn write(target: &str, folder: &Path) -> Outcome<usize> {
         "model" => programs(),
         "nbd" => conversations(),
         "filesystems" => crate::guest_seeds::disks()?,
+        "apply" => increments(),
         other => return Err(format!("there are no seeds for \"{other}\"").into()),
     };
     if folder.exists() {
@@ -237,4 +238,38 @@ fn conversations() -> Vec<Vec<u8>> {
     let program: Vec<u8> = (0..=7).flat_map(|command| [command, 0, 0, 16, command, 0, 32, 0]).collect();
     seeds.extend((0..8).map(|mode| [[3, mode].as_slice(), &program].concat()));
     seeds
+}
+
+/// Increments of zeros and of data, for images and raw disks, in the form that `fuzz/fuzz_targets/apply.rs` describes: what
+/// it puts right is left out.
+fn increments() -> Vec<Vec<u8>> {
+    const DISK: u64 = 1 << 20;
+    (0..48_u8)
+        .map(|seed| {
+            let mut rng = Rng::new(u64::from(seed));
+            let mut input = vec![if seed % 4 == 3 { 1 << (seed % 5) } else { 0 }, seed % 8];
+            let mut header = [0; 256];
+            header.iter_mut().skip(40).take(16).for_each(|byte| *byte = seed + 1); // the identity: anything but zero
+            header.iter_mut().skip(36).take(1).for_each(|byte| *byte = seed / 8 % 2); // checksums of the base
+            input.extend_from_slice(&header);
+            let mut position = rng.below(DISK / 4);
+            for _ in 0..rng.below(6) {
+                let is_data = rng.below(2) == 0;
+                let length = if is_data { rng.between(1, 600) } else { rng.between(1, DISK / 8) };
+                let mut record = if is_data { *b"data" } else { *b"zero" }.to_vec();
+                record.resize(32, 0);
+                record.extend_from_slice(&position.to_le_bytes());
+                record.extend_from_slice(&length.to_le_bytes());
+                record.resize(64, 0);
+                input.extend_from_slice(&record);
+                if is_data {
+                    input.extend(rng.bytes(usize::try_from(length).unwrap_or_default()));
+                }
+                position += length + rng.below(4096);
+            }
+            input.extend_from_slice(b"last");
+            input.resize(input.len() + 60, 0);
+            input
+        })
+        .collect()
 }

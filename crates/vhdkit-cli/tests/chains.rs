@@ -305,6 +305,34 @@ fn increments_go_through_pipes() {
 }
 
 #[test]
+fn an_apply_that_is_killed_goes_on() {
+    let scratch = Scratch::new();
+    scratch.run(&["create", "base.vhdx", "--size", "128M", "--block-size", "1M", "-q"]).expect(0);
+    scratch.run(&["create", "child.avhdx", "--parent", "base.vhdx", "--block-size", "1M", "-q"]).expect(0);
+    let data = scratch.write("data", &junk(40 << 20));
+    scratch.run(&["write", "child.avhdx", "--offset", "5M", "--input", data.to_str().unwrap()]).expect(0);
+    scratch.run(&["diff", "child.avhdx", "--export", "x.increment", "-q"]).expect(0);
+    std::fs::create_dir(scratch.join("backup")).unwrap();
+    let mut bases: Vec<String> = Vec::new();
+    for milliseconds in [0, 2, 5, 10, 20, 40, 80, 160, 320] {
+        std::fs::copy(scratch.join("base.vhdx"), scratch.join("backup/target.vhdx")).unwrap();
+        let mut running = scratch.command(&["apply", "x.increment", "backup/target.vhdx", "-q"]).spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+        running.kill().unwrap();
+        running.wait().unwrap();
+        // It may say that the log is dirty.
+        let report =
+            scratch.run(&["apply", "x.increment", "backup/target.vhdx", "--replay", "--json"]).expect(0).json();
+        bases.push(report["basis"].as_str().unwrap().to_owned());
+        scratch.run(&["compare", "backup/target.vhdx", "child.avhdx"]).expect(0);
+        assert_eq!(json(&scratch, &["apply", "x.increment", "backup/target.vhdx"], 0)["basis"], "done");
+    }
+    // What is met depends on the machine; nothing else may be.
+    assert!(bases.iter().all(|basis| ["identity", "begun", "done"].contains(&basis.as_str())), "{bases:?}");
+    println!("{bases:?}");
+}
+
+#[test]
 fn raw_disks_take_force() {
     let scratch = family();
     scratch.run(&["convert", "base.vhdx", "base.raw", "-q"]).expect(0);

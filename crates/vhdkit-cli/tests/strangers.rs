@@ -1,4 +1,4 @@
-//! Images that the command makes, read by programs that share no code with it: 7-Zip and libvhdi.
+//! Images that the command makes, read by programs that share no code with it: 7-Zip, libvhdi and QEMU.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::fs::File;
@@ -84,8 +84,66 @@ fn chain() {
     vhdkit(&["compare", "two.avhdx", "disk.raw"], directory.path());
 }
 
+fn qemu(program: &str, arguments: &[&str], directory: &Path) {
+    assert_success(&Command::new(program).args(arguments).current_dir(directory).output().unwrap());
+}
+
+/// What QEMU changed comes into a copy of the base, and QEMU finds no difference.
+fn increments_of_what_qemu_wrote() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = directory.path();
+    made(at, 40 * MIB, &["--block-size", "1M"]);
+    std::fs::copy(at.join("disk.vhdx"), at.join("target.vhdx")).unwrap();
+    for (day, changes) in [
+        ("monday", ["write -P 7 1M 3M", "write -P 9 20971008 1024", "write -z 13M 2M"]),
+        ("tuesday", ["write -P 8 2M 4k", "write -z 0 64k", "write -P 1 39M 1M"]),
+    ] {
+        std::fs::copy(at.join("disk.vhdx"), at.join("newer.vhdx")).unwrap();
+        let commands = changes.iter().flat_map(|change| ["-c", *change]);
+        let arguments: Vec<&str> = ["-f", "vhdx"].into_iter().chain(commands).chain(["newer.vhdx"]).collect();
+        qemu("qemu-io", &arguments, at);
+        vhdkit(&["diff", "disk.vhdx", "newer.vhdx", "--export", day], at);
+        vhdkit(&["apply", day, "target.vhdx", "--verify"], at);
+        qemu("qemu-img", &["check", "-f", "vhdx", "target.vhdx"], at);
+        qemu("qemu-img", &["compare", "-f", "vhdx", "-F", "vhdx", "target.vhdx", "newer.vhdx"], at);
+        std::fs::rename(at.join("newer.vhdx"), at.join("disk.vhdx")).unwrap();
+    }
+}
+
+/// A chain of children, each written to, exported, and applied to a copy of the base one after another.
+fn increments_of_a_chain() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = directory.path();
+    made(at, 40 * MIB, &["--block-size", "1M"]);
+    std::fs::copy(at.join("disk.vhdx"), at.join("target.vhdx")).unwrap();
+    let mut parent = "disk.vhdx".to_owned();
+    for level in 1..=4_u64 {
+        let child = format!("{level}.avhdx");
+        vhdkit(&["create", &child, "--parent", &parent, "--block-size", "2M"], at);
+        let mut bytes = vec![0; 100_000];
+        pattern(level, 0, &mut bytes);
+        std::fs::write(at.join("piece"), bytes).unwrap();
+        let (offset, zeroed) = ((level * 7 * MIB + 512).to_string(), (level * 5 * MIB + 4096).to_string());
+        vhdkit(&["write", &child, "--offset", &offset, "--input", "piece"], at);
+        vhdkit(&["zero", &child, "--offset", &zeroed, "--length", "3M"], at);
+        let file = format!("{level}.increment");
+        vhdkit(&["diff", &child, "--export", &file], at);
+        // Beside the chain the target would be taken for the parent of nobody: it is a copy.
+        vhdkit(&["apply", &file, "target.vhdx"], at);
+        vhdkit(&["convert", &child, "flat.raw", "--force"], at);
+        qemu("qemu-img", &["check", "-f", "vhdx", "target.vhdx"], at);
+        qemu("qemu-img", &["compare", "-f", "vhdx", "-F", "raw", "target.vhdx", "flat.raw"], at);
+        parent = child;
+    }
+}
+
 fn main() {
-    let mut cases = vec![Case::new("7z_reads_a_chain", Needs::tools(&["7z"]), chain)];
+    let qemu = || Needs::tools(&["qemu-img", "qemu-io"]);
+    let mut cases = vec![
+        Case::new("7z_reads_a_chain", Needs::tools(&["7z"]), chain),
+        Case::new("qemu_compares_increments_of_what_it_wrote", qemu(), increments_of_what_qemu_wrote),
+        Case::new("qemu_compares_increments_of_a_chain", qemu(), increments_of_a_chain),
+    ];
     for (name, size, options) in LAYOUTS {
         // libvhdi misreads fixed images over one chunk; ours is below.
         for (tool, needs, read) in [

@@ -173,6 +173,7 @@ fn report(
             "dry_run": args.dry_run,
             "basis": plan.basis().as_str(),
             "applied": !args.dry_run && plan.basis() != Basis::Done,
+            "becomes_result": plan.becomes_result(),
             "verified": args.verify && plan.basis() != Basis::Done,
             "records": totals.records,
             "data_bytes": totals.data_bytes,
@@ -205,6 +206,12 @@ fn report(
     } else {
         let verified = if args.verify { ", and verified" } else { "" };
         writeln!(out, "{target}: {amount} applied ({why}){verified}{}", escape(replayed))?;
+    }
+    let is_known = matches!(plan.basis(), Basis::Identity | Basis::Begun);
+    if is_known && !plan.becomes_result() {
+        let what =
+            "it has another disk identity or physical sector size than the newer disk, and so an identity of its own";
+        writeln!(out, "{what}: increments that follow need --force")?;
     }
     Ok(out.flush()?)
 }

@@ -304,12 +304,12 @@ impl Header {
         if raw.reserved != [0; 72] || raw.id.is_nil() {
             return Err(corrupt("the header of the increment has no identity, or a reserved field that is not zero"));
         }
-        Ok(Self {
-            id: raw.id,
-            has_base_checksums: flags & FLAG_BASE_CHECKSUMS != 0,
-            base: raw.base.decode("base")?,
-            result: raw.result.decode("result")?,
-        })
+        let (base, result) = (raw.base.decode("base")?, raw.result.decode("result")?);
+        // While it is applied, the target is called by the identity of the file: nobody else may be.
+        if [base.data_write_guid, result.data_write_guid].contains(&Some(raw.id)) {
+            return Err(corrupt("the increment has the identity of one of its disks"));
+        }
+        Ok(Self { id: raw.id, has_base_checksums: flags & FLAG_BASE_CHECKSUMS != 0, base, result })
     }
 }
 
@@ -489,6 +489,13 @@ mod tests {
         for (has_base_checksums, guid) in [(true, 1), (false, 0)] {
             let header = Header { has_base_checksums, base: side(77 << 20, guid), ..header() };
             assert_eq!(Header::decode(&header.encode()).unwrap(), header);
+        }
+    }
+
+    #[test]
+    fn a_file_has_an_identity_of_its_own() {
+        for id in [Guid::NIL, Guid::from_printed(1), Guid::from_printed(2)] {
+            assert!(Header::decode(&Header { id, ..header() }.encode()).is_err(), "{id}");
         }
     }
 

@@ -329,8 +329,25 @@ impl ApplyPlan<'_> {
         self.basis
     }
 
-    /// Writes what the increment holds, makes it durable, and closes an image, which then has the data write GUID of the
-    /// result where it was known to be the base, and a new one otherwise. With [`Basis::Done`] nothing is done. `written`
+    /// Whether the target is the result afterwards, in all that a guest can see: it was known to be the base, and has the
+    /// result's disk identity and sector sizes. Then it gets the result's data write GUID, otherwise a new one.
+    #[must_use]
+    pub fn becomes_result(&self) -> bool {
+        let result = &self.summary.header.result;
+        let is_known = matches!(self.basis, Basis::Identity | Basis::Begun | Basis::Done);
+        match self.target {
+            ApplyTarget::Image(image) => {
+                is_known
+                    && result.data_write_guid.is_some_and(|guid| !guid.is_nil())
+                    && image.disk_id().filter(|id| !id.is_nil()) == result.disk_id
+                    && image.physical_sector_size() == result.physical_sector_size
+            }
+            ApplyTarget::Raw(_) => false,
+        }
+    }
+
+    /// Writes what the increment holds, makes it durable, and closes an image, which then has the data write GUID that
+    /// [`ApplyPlan::becomes_result`] says. With [`Basis::Done`] nothing is done. `written`
     /// counts the bytes of the disk that were written or zeroed.
     ///
     /// # Errors
@@ -352,7 +369,7 @@ impl ApplyPlan<'_> {
         self.write_all(written, progress).map_err(|error| self.with_way_on(error))?;
         match (self.target, identity) {
             (ApplyTarget::Image(_), Some((image, result))) => {
-                let result = result.filter(|guid| !guid.is_nil());
+                let result = result.filter(|_| self.becomes_result());
                 image.close_as(result.unwrap_or_else(Guid::random)).map_err(|error| self.with_way_on(error))
             }
             (ApplyTarget::Image(image), None) => image.close(),

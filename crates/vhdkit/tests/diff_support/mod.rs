@@ -55,10 +55,26 @@ impl Chain {
     }
 }
 
+/// The parts of a storage that may hold data: large blocks are holes for the most part.
+pub fn parts(of: &Arc<dyn Storage>) -> Vec<(u64, Vec<u8>)> {
+    let length = of.len().unwrap();
+    let (mut parts, mut at) = (Vec::new(), 0);
+    while let Some(found) = of.next_data(at..length).unwrap() {
+        let mut bytes = vec![0; (found.end - found.start) as usize];
+        of.read_at(&mut bytes, found.start).unwrap();
+        parts.push((found.start, bytes));
+        at = found.end;
+    }
+    parts
+}
+
 /// A copy of what a storage holds.
 pub fn copy(of: &Arc<dyn Storage>) -> Arc<dyn Storage> {
-    let bytes = bytes(of);
-    Arc::new(MemoryStorage::from_bytes(bytes))
+    let copy = MemoryStorage::with_len(of.len().unwrap());
+    for (start, bytes) in parts(of) {
+        copy.write_at(&bytes, start).unwrap();
+    }
+    Arc::new(copy)
 }
 
 /// All bytes of a storage.
