@@ -8,7 +8,7 @@ use crate::seeds;
 use crate::shell::{self, Outcome, find, root};
 
 /// The targets of `fuzz/`.
-pub(crate) const TARGETS: [&str; 7] = ["decode", "open", "locator", "model", "nbd", "filesystems", "apply"];
+pub(crate) const TARGETS: [&str; 8] = ["decode", "open", "locator", "model", "nbd", "filesystems", "apply", "recover"];
 
 /// Longest input that libFuzzer makes: the fuzz format of `open` describes a file in few bytes.
 const INPUT_BYTES_MAX: u32 = 32 << 10;

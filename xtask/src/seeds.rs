@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use vhdkit_testkit::damage;
 use vhdkit_testkit::dirty::Stale;
 use vhdkit_testkit::random::{RandomOptions, random_dirty_plan, random_image};
 use vhdkit_testkit::spec::LocatorSpec;
@@ -27,6 +28,7 @@ const UNIT: usize = 16;
 pub(crate) fn write(target: &str, folder: &Path) -> Outcome<usize> {
     let seeds: Vec<Vec<u8>> = match target {
         "open" => images().filter_map(|image| chain(&image)).collect(),
+        "recover" => broken(),
         "decode" => images().flat_map(|image| structures(&image)).collect(),
         "locator" => locators(),
         "model" => programs(),
@@ -61,6 +63,20 @@ fn images() -> impl Iterator<Item = BuiltImage> {
         }
         image
     })
+}
+
+/// Small images, each broken in a few of the ways that the testkit knows; the parent's place is that of an undo record.
+fn broken() -> Vec<Vec<u8>> {
+    let mut seeds = Vec::new();
+    for (number, image) in images().enumerate() {
+        for damage in damage::all(&image).into_iter().skip(number % 9).step_by(9) {
+            let mut image = image.clone();
+            image.parent = None;
+            damage.apply(&mut image.file);
+            seeds.extend(chain(&image));
+        }
+    }
+    seeds
 }
 
 /// The input of `open` for an image and its parent; `None` when it would be too long.

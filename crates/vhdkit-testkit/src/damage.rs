@@ -220,9 +220,9 @@ fn tail(image: &BuiltImage) -> Vec<Damage> {
     let length = image.file.len();
     let block = layout_block(image);
     vec![
-        Damage::new("end: a sector cut off", vec![Edit::Cut(length - 512)]),
-        Damage::new("end: a block cut off", vec![Edit::Cut(length - block)]),
-        Damage::new("end: a block and a half cut off", vec![Edit::Cut(length - block - block / 2)]),
+        Damage::new("end: a sector cut off", vec![Edit::Cut(length - 512.min(length))]),
+        Damage::new("end: a block cut off", vec![Edit::Cut(length.saturating_sub(block))]),
+        Damage::new("end: a block and a half cut off", vec![Edit::Cut(length.saturating_sub(block + block / 2))]),
         Damage::new("end: half of the file cut off", vec![Edit::Cut(length / 2 / MIB * MIB)]),
         Damage::new("end: zeros behind it", vec![Edit::Cut(length + 3 * MIB)]),
         Damage::new("end: noise behind it", vec![Edit::Noise(at(length, 3 * MIB), 9)]),

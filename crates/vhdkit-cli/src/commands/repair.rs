@@ -106,7 +106,8 @@ fn carry_out(
 }
 
 fn put_back(context: &Context, path: &Path, record: &Path) -> Result<Answer, Failure> {
-    let undo = FileStorage::open(record, FileAccess::Read, Sharing::Normal)?;
+    // Not locked: should it be the image itself, that is to be said, and not that it is in use.
+    let undo = FileStorage::open(record, FileAccess::Read, Sharing::ForceShare)?;
     let storage = open(context, path, true)?;
     if storage.identity() == undo.identity() {
         return Err(Failure::usage("the record is the image itself", "name the record that `repair --apply` wrote"));

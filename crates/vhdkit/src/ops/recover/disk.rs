@@ -59,6 +59,23 @@ impl RecoveredDisk<'_> {
         }
     }
 
+    /// The last of the blocks from one on that are not placed and come from the same place; a placed one by itself.
+    fn alike_until(&self, block: u64) -> u64 {
+        let blocks = self.geometry.payload_blocks();
+        if matches!(self.from(block), From::File(_) | From::Mixed { .. }) {
+            return block;
+        }
+        let next = self.placed.partition_point(|placed| u64::from(placed.block) <= block);
+        let placed = self.placed.get(next).map_or(blocks, |placed| u64::from(placed.block));
+        let at = self.zero.partition_point(|range| range.end <= block);
+        let border = match self.zero.get(at) {
+            Some(range) if range.start <= block => range.end,
+            Some(range) => range.start,
+            None => blocks,
+        };
+        placed.min(border).min(blocks).saturating_sub(1).max(block)
+    }
+
     fn read_parent(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         buf.fill(0);
         let Some(parent) = self.parent else { return Ok(()) };
@@ -197,11 +214,8 @@ impl BlockDevice for RecoveredDisk<'_> {
                 From::Zero => Some(false),
             };
             let data = is_data(self.from(block.0)) == Some(true);
-            let mut next = block.0 + 1; // on the disk
-            while end < range.end && is_data(self.from(next)) == Some(data) {
-                end = self.geometry.block_range(BlockIndex(next)).end.min(range.end);
-                next += 1;
-            }
+            let last = self.alike_until(block.0); // on the disk
+            end = self.geometry.block_range(BlockIndex(last)).end.min(range.end).max(end);
             let kind = if data { ExtentKind::Data { file_offset: None } } else { ExtentKind::Zero };
             let extent = Extent { start: position, length: end - position, kind, layer: 0 };
             if visit(&extent) == ControlFlow::Break(()) {

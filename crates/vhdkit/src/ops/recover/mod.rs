@@ -94,7 +94,6 @@ pub fn find(
         return Err(nothing_left(storage, name, progress)?);
     }
     let mut structures = structures::find(storage, &mut notes, progress)?;
-    let parameters = &structures.parameters;
     let searched = if structures.bat.is_none() { table::search(&structures, progress)? } else { None };
     let is_vhdx = notes.parts.iter().any(|part| part.name == "headers" && part.certainty == Certainty::Certain);
     let any = structures.bat.is_some() || searched.is_some() || structures.metadata.is_some() || is_vhdx;
@@ -102,12 +101,10 @@ pub fn find(
         return Err(nothing_left(storage, name, progress)?);
     }
     let bat_start = structures.bat.as_ref().map(|bat| bat.start).or(searched.as_ref().map(|found| found.start));
-    let inferred = match (bat_start, parameters.block_size) {
-        (Some(start), None) => match &searched {
-            Some(found) => found.inferred,
-            None => table::infer(&structures.view, start)?,
-        },
-        _ => table::Inferred::default(),
+    let inferred = match (bat_start, &searched) {
+        (_, Some(found)) => found.inferred,
+        (Some(start), None) => table::infer(&structures.view, start)?,
+        (None, None) => table::Inferred::default(),
     };
     let used = match (&structures.bat, &searched) {
         (Some(bat), _) => table::used_entries(&structures.view, bat)?,
@@ -139,7 +136,7 @@ pub fn find(
 }
 
 /// Makes a new image of what is left in a file. `target` is empty storage, or a block device, all of which is overwritten;
-/// nothing is synced. The new image is dynamic, or fixed when the old one was, and has no parent.
+/// nothing is synced. The new image is dynamic, or fixed when the old one was and every block was found, and has no parent.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -193,10 +190,10 @@ fn write(
     }
     let without_parent = geometry.is_differencing() && options.parent.is_none();
     let (lost, named): (u64, Vec<u64>) =
-        (placing.lost.len() as u64, placing.lost.iter().take(LOST_NAMED_MAX).copied().collect());
+        (placing.lost.len() as u64 + table.broken_more, placing.lost.iter().take(LOST_NAMED_MAX).copied().collect());
     let guessed = placing.placed.iter().filter(|placed| placed.guessed).count() as u64 + without_bitmap;
     let all = placing.placed.len() as u64;
-    let fixed = parameters.fixed && !geometry.is_differencing();
+    let fixed = parameters.fixed && !geometry.is_differencing() && all == geometry.payload_blocks();
     let mut bitmaps = table.bitmaps;
     bitmaps.extend(placing.bitmaps);
     let disk = RecoveredDisk {
@@ -277,7 +274,13 @@ fn sizes(
         notes.part("sector size", Certainty::Guessed, "512 bytes, as nearly every disk has");
     }
     let physical = parameters.physical_sector_size.unwrap_or(4096).max(logical);
-    let block_size = match (options.block_size.or(parameters.block_size), inferred.block_size) {
+    // Blocks that lie closer together than they are long are none: then the item is what is damaged.
+    let too_long = |size: &u32| {
+        let shown = inferred.block_size.filter(|_| inferred.is_common && !inferred.has_parent);
+        parameters.has_parent != Some(true) && shown.is_some_and(|shown| shown < *size)
+    };
+    let in_metadata = parameters.block_size.filter(|size| !too_long(size));
+    let block_size = match (options.block_size.or(in_metadata), inferred.block_size) {
         (Some(known), _) => known,
         (None, Some(inferred)) => {
             notes.part("block size", Certainty::Guessed, format!("{inferred} bytes: blocks lie that far apart"));
@@ -412,7 +415,7 @@ fn describe_table(
     if searched {
         return; // said already
     }
-    let broken = table.broken.len();
+    let broken = table.broken.len() as u64 + table.broken_more;
     let added = placing.placed.len().saturating_sub(table.placed.len());
     if broken == 0 && added == 0 {
         notes.part("BAT", Certainty::Certain, format!("{} blocks with data", table.placed.len()));

@@ -56,7 +56,9 @@ struct Work<'a> {
     base: Vec<Placed>,
     /// What was placed here, by block.
     added: BTreeMap<u32, Placed>,
-    /// Every block by its place.
+    /// Places of the table's blocks with their numbers, in the order of the file.
+    places: Vec<(u32, u32)>,
+    /// What was placed here, by place.
     by_place: BTreeMap<u32, u32>,
     recognised: BTreeSet<String>,
 }
@@ -76,11 +78,20 @@ pub(super) fn place(
     }
     let block = geometry.block_size();
     let mut base = table.placed.clone();
-    for placed in &mut base {
+    let mut more_lost = Vec::new();
+    let mut shared_bytes = 0_u64;
+    base.retain_mut(|placed| {
         let start = u64::from(placed.mib) * MIB;
-        // Two blocks at one place: which one is right cannot be known, and both are read as they were.
-        placed.guessed |= marks.mark(start, start + block);
-    }
+        // Two blocks at one place: which one is right cannot be known, and both are read as they were. But a new image that
+        // is several times as large as the file is nobody's.
+        let shared = marks.mark(start, start + block);
+        placed.guessed |= shared;
+        shared_bytes += if shared { block } else { 0 };
+        if shared && shared_bytes > view.size() {
+            more_lost.push(u64::from(placed.block));
+        }
+        !shared || shared_bytes <= view.size()
+    });
     for mib in &table.kept {
         marks.mark(mib * MIB, (mib * MIB + block).min(view.size()));
     }
@@ -88,12 +99,13 @@ pub(super) fn place(
         marks.mark(u64::from(*mib) * MIB, (u64::from(*mib) + 1) * MIB);
     }
     let (added, by_place, recognised) = (BTreeMap::new(), BTreeMap::new(), BTreeSet::new());
-    let mut work = Work { view, geometry, table, marks, base, added, by_place, recognised };
+    let mut work = Work { view, geometry, table, marks, base, added, places: Vec::new(), by_place, recognised };
     let stretches = work.stretches(progress)?;
     if stretches.is_empty() && table.broken.is_empty() {
-        return Ok(work.finish(Vec::new(), &[], BTreeMap::new()));
+        return Ok(work.finish(more_lost, &[], BTreeMap::new()));
     }
-    work.by_place = work.base.iter().map(|placed| (placed.mib, placed.block)).collect();
+    work.places = work.base.iter().map(|placed| (placed.mib, placed.block)).collect();
+    work.places.sort_unstable();
     work.by_own_entry(&table.broken);
     let anchors = work.anchors(&stretches, progress)?;
     work.by_anchors(&anchors);
@@ -105,7 +117,8 @@ pub(super) fn place(
         // Over a parent, what is put to a wrong place would hide what is right.
         work.in_file_order(&stretches);
     }
-    let lost: Vec<u64> = table.broken.iter().map(|(block, _)| *block).filter(|block| !work.has(*block)).collect();
+    let broken = table.broken.iter().map(|(block, _)| *block).chain(more_lost);
+    let lost: Vec<u64> = broken.filter(|block| !work.has(*block)).collect();
     let mut rest = work.stretches(progress)?;
     let bitmaps = work.bitmaps(&mut rest);
     Ok(work.finish(lost, &rest, bitmaps))
@@ -223,7 +236,9 @@ impl Work<'_> {
     /// A stretch between two blocks of which exactly so many are not there: writers put blocks one behind the other.
     fn between_neighbours(&mut self) {
         let size = self.geometry.block_size();
-        let places: Vec<(u32, u32)> = self.by_place.iter().map(|(mib, block)| (*mib, *block)).collect();
+        let mut places = self.places.clone();
+        places.extend(self.by_place.iter().map(|(mib, block)| (*mib, *block)));
+        places.sort_unstable();
         for pair in places.windows(2) {
             let [(left, first), (right, last)] = pair else { continue };
             let start = u64::from(*left) * MIB + size;
@@ -427,8 +442,11 @@ impl Work<'_> {
     /// The block that a place of the file belongs to.
     fn placed_at(&self, file: u64) -> Option<Placed> {
         let mib = u32::try_from(file / MIB).ok()?;
-        let (start, block) = self.by_place.range(..=mib).next_back()?;
-        let inside = file - u64::from(*start) * MIB < self.geometry.block_size();
-        if inside { self.get(u64::from(*block)) } else { None }
+        let added = self.by_place.range(..=mib).next_back().map(|(start, block)| (*start, *block));
+        let at = self.places.partition_point(|(start, _)| *start <= mib);
+        let known = at.checked_sub(1).and_then(|at| self.places.get(at)).copied();
+        let (start, block) = added.into_iter().chain(known).max()?;
+        let inside = file - u64::from(start) * MIB < self.geometry.block_size();
+        if inside { self.get(u64::from(block)) } else { None }
     }
 }

@@ -16,6 +16,8 @@ use crate::units::{BatIndex, MIB};
 const WINDOW_BYTES: u64 = 64 << 10;
 /// Entries of a sector: what a medium loses at once.
 const SECTOR_ENTRIES: u64 = 64;
+/// Damaged entries that are kept; with more of them nobody places blocks one by one.
+const BROKEN_MAX: usize = 1 << 20;
 /// Entries with data that a stretch must have to be taken for a BAT.
 const PRESENT_MIN: u64 = 2;
 
@@ -44,6 +46,8 @@ pub(super) struct Table {
     pub(super) zero: Vec<Range<u64>>,
     /// Blocks whose entries cannot be, each with the place that its entry names, in MiB, right or wrong.
     pub(super) broken: Vec<(u64, u64)>,
+    /// More of them, which are not kept.
+    pub(super) broken_more: u64,
     /// Space that blocks without data keep, in MiB: nobody else's.
     pub(super) kept: Vec<u64>,
     /// Blocks without data whose entries lie in a sector of the BAT that is zero as a whole, joined.
@@ -111,14 +115,17 @@ pub(super) fn read(view: &View, start: u64, geometry: &Geometry, taken: &dyn Fn(
     Ok(table)
 }
 
-/// Adds the blocks of a range of entries to a list of ranges.
+/// Adds the blocks of a range of entries to a list of ranges. Entries of sector bitmaps stand between those of blocks, which
+/// are numbered without gaps.
 fn push_blocks(list: &mut Vec<Range<u64>>, geometry: &Geometry, entries: Range<u64>) {
-    for index in entries {
-        if let BatSlot::Payload(block) = geometry.slot(BatIndex(index))
-            && block.0 < geometry.payload_blocks()
-        {
-            push(list, block.0);
-        }
+    let before = |index: u64| (index - index / (geometry.chunk_ratio() + 1)).min(geometry.payload_blocks());
+    let blocks = before(entries.start)..before(entries.end);
+    if blocks.start >= blocks.end {
+        return;
+    }
+    match list.last_mut() {
+        Some(last) if last.end == blocks.start => last.end = blocks.end,
+        _ => list.push(blocks),
     }
 }
 
@@ -130,6 +137,10 @@ fn push(list: &mut Vec<Range<u64>>, block: u64) {
 }
 
 impl Table {
+    fn break_block(&mut self, block: u64, mib: u64) {
+        if self.broken.len() < BROKEN_MAX { self.broken.push((block, mib)) } else { self.broken_more += 1 }
+    }
+
     fn payload(
         &mut self,
         geometry: &Geometry,
@@ -144,9 +155,7 @@ impl Table {
         let range = offset..offset.saturating_add(length.end - length.start);
         match state {
             // Without data, and with a place: the state may be what is damaged.
-            Some(PayloadState::NotPresent | PayloadState::Zero) if offset != 0 => {
-                self.broken.push((block, offset / MIB))
-            }
+            Some(PayloadState::NotPresent | PayloadState::Zero) if offset != 0 => self.break_block(block, offset / MIB),
             Some(PayloadState::NotPresent) => {}
             Some(PayloadState::Zero | PayloadState::Unmapped | PayloadState::Undefined) => {
                 push(&mut self.zero, block);
@@ -168,10 +177,10 @@ impl Table {
                             guessed: strange || is_cut,
                         });
                     }
-                    _ => self.broken.push((block, offset / MIB)),
+                    _ => self.break_block(block, offset / MIB),
                 }
             }
-            None => self.broken.push((block, offset / MIB)),
+            None => self.break_block(block, offset / MIB),
         }
     }
 }
@@ -239,6 +248,8 @@ pub(super) struct Inferred {
     pub(super) block_size: Option<u32>,
     /// A block is partially present.
     pub(super) has_parent: bool,
+    /// Half of the blocks or more lie closer together than any of twice this size could.
+    pub(super) is_common: bool,
 }
 
 /// Looks for a BAT at every MiB that nothing else is known to take. A table in which blocks share places is none.
@@ -307,10 +318,16 @@ impl Shape {
         }
         let commonest = counts.into_iter().max_by_key(|(gap, count)| (*count, *gap)).map(|(gap, _)| gap);
         let behind_last = self.mibs.last().map(|last| (size / MIB).saturating_sub(*last));
+        let close = self.mibs.windows(2).filter(|pair| pair.last().zip(pair.first()).map(|(b, a)| b - a) == least);
+        let is_common = least.is_some() && close.count() * 2 >= self.mibs.len().saturating_sub(1);
         let mib = if self.has_partial { commonest } else { least.or(behind_last) };
         // The largest power of two that is not larger.
         let mib = mib.filter(|mib| *mib > 0).map(|mib| 1 << (63 - mib.leading_zeros()).min(8));
-        Inferred { block_size: mib.and_then(|mib: u64| u32::try_from(mib * MIB).ok()), has_parent: self.has_partial }
+        Inferred {
+            block_size: mib.and_then(|mib: u64| u32::try_from(mib * MIB).ok()),
+            has_parent: self.has_partial,
+            is_common,
+        }
     }
 }
 
