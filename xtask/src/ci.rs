@@ -5,7 +5,7 @@ use std::time::Instant;
 use crate::shell::{self, Outcome, cargo, find, root};
 
 /// Seconds of fuzzing for each target: enough to run the seeds and notice a target that breaks at once.
-const FUZZ_SECONDS: u64 = 30;
+const FUZZ_SECONDS: u64 = 15;
 
 type Step = (&'static str, fn() -> Outcome);
 
