@@ -29,8 +29,6 @@ pub(crate) struct Outcome {
     pub before: BTreeSet<Code>,
     /// Codes above note afterwards.
     pub after: BTreeSet<Code>,
-    /// Something was changed.
-    pub changed: bool,
 }
 
 fn serious(findings: &[Finding]) -> BTreeSet<Code> {
@@ -132,7 +130,6 @@ pub(crate) fn judge(made: &Made) -> Outcome {
     let outcome = Outcome {
         before: serious(&before.findings),
         after: serious(&planned.after.findings),
-        changed: planned.changes_anything(),
     };
     assert_eq!(planned.mends_everything(), outcome.after.is_empty());
     assert!(planned.left.iter().all(|left| !left.advice.is_empty()));
