@@ -4,7 +4,7 @@ use std::io::Write as _;
 
 use serde_json::{Value, json};
 use vhdkit::image::Image;
-use vhdkit::ops::compact::{CompactOptions, CompactReport, compact};
+use vhdkit::ops::compact::{CompactOptions, CompactReport, compact, compact_as_planned};
 
 use crate::args::CompactArgs;
 use crate::cli::Context;
@@ -33,11 +33,24 @@ pub(crate) fn run(context: &Context, args: &CompactArgs) -> Result<Answer, Failu
     let options = options(context, args, &session.image)?;
     let (image, aftermath) = session.into_parts()?;
     let bar = Bar::new("compacting", &context.ui, &context.interrupt);
-    let worked = compact(image, &options, &bar);
+    let mut said = Ok(());
+    let worked = compact_as_planned(image, &options, &mut |plan| said = say_beforehand(context, args, plan), &bar);
     drop(bar);
+    said?;
     let done = aftermath.name(worked)?;
     report(context, args, &done, aftermath.replayed_json(), &aftermath.replayed_text())?;
     Ok(Answer::Yes)
+}
+
+/// What is about to be gained.
+fn say_beforehand(context: &Context, args: &CompactArgs, plan: &CompactReport) -> Result<(), Failure> {
+    if context.ui.json || context.ui.quiet || plan.new_file_size >= plan.old_file_size {
+        return Ok(());
+    }
+    let [old, new] = [plan.old_file_size, plan.new_file_size].map(sizes::short);
+    let mut out = context.ui.out();
+    writeln!(out, "{}: the file of {old} will have about {new}", show::path(&args.image))?;
+    Ok(out.flush()?)
 }
 
 fn options(context: &Context, args: &CompactArgs, image: &Image) -> Result<CompactOptions, Failure> {

@@ -83,6 +83,19 @@ pub struct CompactReport {
 /// [`Refused`](crate::ErrorKind::Refused) when free blocks would be dropped and there are children;
 /// [`Cancelled`](crate::ErrorKind::Cancelled), with the image valid and some of the work done; otherwise as in writing.
 pub fn compact(image: Image, options: &CompactOptions, progress: &dyn Progress) -> Result<CompactReport> {
+    compact_as_planned(image, options, &mut |_| {}, progress)
+}
+
+/// As [`compact`]; `planned` hears before the first change what is to be expected, as a dry run would report it.
+///
+/// # Errors
+/// As [`compact`].
+pub fn compact_as_planned(
+    image: Image,
+    options: &CompactOptions,
+    planned: &mut dyn FnMut(&CompactReport),
+    progress: &dyn Progress,
+) -> Result<CompactReport> {
     let layer = top(&image)?;
     let mut report = CompactReport {
         old_file_size: layer.view().physical_size(),
@@ -98,10 +111,11 @@ pub fn compact(image: Image, options: &CompactOptions, progress: &dyn Progress) 
         return Err(has_children(&report, &options.children));
     }
     let to_drop = report.zero_blocks + report.free_blocks + report.unneeded_blocks;
+    report.new_file_size = expected_size(layer, to_drop, progress)?;
     if options.dry_run {
-        report.new_file_size = expected_size(layer, to_drop, progress)?;
         return Ok(report);
     }
+    planned(&report);
     if to_drop > 0 || moving::can_move(&image)? {
         let worked = run(&image, &unneeded, &mut report, progress);
         finish(&image, worked)?;
