@@ -10,6 +10,7 @@ use super::{Progress, advance};
 use crate::error::Result;
 use crate::format::bat::PayloadState;
 use crate::format::finding::FailFast;
+use crate::format::metadata::DiskType;
 use crate::guest::{Table, VolumeState, survey};
 use crate::image::scan::scan_marks;
 use crate::image::session::Identity;
@@ -75,7 +76,7 @@ pub struct CompactReport {
 /// closed at the end.
 ///
 /// Zero blocks become ZERO, free ones UNMAPPED, both without space; the guest's files are what they were. A crash leaves an
-/// image with the same contents, somewhere in between. It needs room for one block, and what is freed is given back to the
+/// image with the same contents, somewhere in between. A fixed disk keeps all its blocks. It needs room for one block, and what is freed is given back to the
 /// file system as it goes. Dropping free blocks changes what the guest reads there, and so gives the image a new data
 /// write GUID; dropping zeros and moving blocks do not.
 ///
@@ -102,6 +103,16 @@ pub fn compact_as_planned(
         disk_usage: [layer.disk_usage(), None],
         block_size: layer.geometry().block_size(),
         ..CompactReport::default()
+    };
+    let drops = layer.metadata().disk_type() != DiskType::Fixed;
+    if !drops {
+        let remark = "a fixed disk keeps all its blocks; `vhdkit convert` makes a dynamic one of it";
+        report.remarks.push(remark.to_owned());
+    }
+    let options = &CompactOptions {
+        filesystems: options.filesystems && drops,
+        zero_scan: options.zero_scan && drops,
+        ..options.clone()
     };
     let free = free_blocks(&image, options, &mut report, progress)?;
     let unneeded = find_unneeded(&image, layer, &free, options.zero_scan, progress)?;
