@@ -19,7 +19,6 @@ use super::{Image, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat::{BITMAP_PRESENT, BatEntry, PayloadState};
 use crate::format::geometry::{BITMAP_BLOCK_BYTES, BatSlot};
-use crate::format::guid::Guid;
 use crate::format::log::SECTOR;
 use crate::format::region::{self, Region};
 use crate::storage::Storage;
@@ -143,6 +142,11 @@ impl Edit<'_> {
     /// Copies a range of the file to space that was taken.
     pub(crate) fn copy(&self, from: Range<u64>, to: &Given) -> Result<()> {
         self.copy_within(from, to)
+    }
+
+    /// Makes the file so long at least.
+    pub(crate) fn reach(&self, end: u64) -> Result<()> {
+        self.shared.reach(self.writer, end, Wait::Yes)
     }
 
     /// Writes bytes where nothing durable points to yet.
