@@ -8,13 +8,23 @@
     reason = "test code"
 )]
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::io::Errno;
+use vhdkit::ErrorKind;
 use vhdkit::format::finding::Severity;
-use vhdkit::image::{BlockDevice as _, Image, OpenOptions};
+use vhdkit::format::guid::Guid;
+use vhdkit::image::{BlockDevice as _, Image, OpenOptions, ParentCandidate, ParentRequest, ParentResolver};
+use vhdkit::ops::Progress;
 use vhdkit::ops::check::{CheckOptions, check};
+use vhdkit::ops::compact::{CompactOptions, compact};
+use vhdkit::ops::merge::{MergeOptions, merge};
 use vhdkit::ops::resize::{ResizeOptions, resize};
+use vhdkit::ops::set::{SetOptions, UserItem, set};
 use vhdkit::storage::Storage;
+use vhdkit_testkit::faulty::{Fault, FaultyStorage};
 use vhdkit_testkit::sim::{CrashImage, PageMap, SimStorage, frozen_parents};
 use vhdkit_testkit::{BlockSpec, BuiltImage, Content, ImageBuilder, SectorMask};
 
@@ -102,4 +112,180 @@ fn nothing_of_a_longer_parent_shows_behind_a_last_block_of_which_every_sector_is
     expected.resize((8 * MIB) as usize, 0);
     expect_same(&bench.disk(), &expected);
     bench.expect_no_errors();
+}
+
+/// The files of a chain, the child first.
+#[derive(Clone, Debug)]
+struct Files(Vec<Arc<dyn Storage>>);
+
+impl ParentResolver for Files {
+    fn resolve(&self, wanted: &ParentRequest<'_>) -> vhdkit::Result<Vec<ParentCandidate>> {
+        let storage = self.0.get(wanted.depth + 1).cloned();
+        Ok(storage
+            .into_iter()
+            .map(|storage| ParentCandidate { storage, path: None, named: true, lock: None })
+            .collect())
+    }
+}
+
+impl Files {
+    fn new(image: &BuiltImage) -> Self {
+        let images = std::iter::successors(Some(image), |image| image.parent.as_deref());
+        let file =
+            |image: &BuiltImage| Arc::new(SimStorage::from_pages(PageMap::from(&image.file))) as Arc<dyn Storage>;
+        Self(images.map(file).collect())
+    }
+
+    fn open(&self, write: bool) -> vhdkit::Result<Image> {
+        let options = OpenOptions::new().write(write).replay(write).parents(Arc::new(self.clone()));
+        options.open(Arc::clone(&self.0[0]), None)
+    }
+
+    fn disk(&self) -> Vec<u8> {
+        disk(&self.open(false).unwrap())
+    }
+
+    fn expect_no_errors(&self, what: &str) {
+        for file in &self.0 {
+            let report = check(file, None, &CheckOptions::default(), &()).unwrap();
+            let error = report.findings.iter().find(|finding| finding.severity() == Severity::Error);
+            assert!(error.is_none(), "{what}: {error:?}");
+        }
+    }
+}
+
+/// Says stop at the n-th call.
+struct Stop {
+    at: u64,
+    calls: AtomicU64,
+}
+
+impl Progress for Stop {
+    fn advance(&self, _: u64, _: Option<u64>) -> ControlFlow<()> {
+        let call = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
+        if call == self.at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+}
+
+type Run = dyn Fn(&Files, &dyn Progress) -> vhdkit::Result<()>;
+
+/// Lets every operation on every file (of so many one) fail in turn, and stops at every call of the progress. The disk is as before or as
+/// afterwards then, and a second run does the whole work.
+fn fails_anywhere(name: &str, image: &BuiltImage, step: usize, run: &Run) {
+    let before = Files::new(image).disk();
+    let whole = Files::new(image);
+    run(&whole, &()).unwrap();
+    let after = whole.disk();
+    let (mut faults, mut stops) = (0, 0);
+    let judge = |files: &Files, result: vhdkit::Result<()>, what: &str| {
+        let found = files.disk();
+        assert!(found == after || result.is_err() && found == before, "{what}, {result:?}: a mixture");
+        files.expect_no_errors(what);
+        run(files, &()).unwrap_or_else(|error| panic!("{what}, once more: {error}"));
+        assert!(files.disk() == after, "{what}: wrong after it was done once more");
+        files.expect_no_errors(what);
+    };
+    for errno in [Errno::NOSPC, Errno::IO] {
+        for victim in 0..whole.0.len() {
+            for n in (1..).step_by(step) {
+                let (files, what) = (Files::new(image), format!("{name}: operation {n} of file {victim}, {errno}"));
+                let faulty = Arc::new(FaultyStorage::new(Arc::clone(&files.0[victim])));
+                faulty.arm(Fault::new(n, errno));
+                let mut shown = files.clone();
+                shown.0[victim] = Arc::clone(&faulty) as Arc<dyn Storage>;
+                let result = run(&shown, &());
+                if faulty.fired() == 0 {
+                    result.unwrap();
+                    break;
+                }
+                faults += 1;
+                judge(&files, result, &format!("{what} ({:?})", faulty.first_fault()));
+            }
+        }
+    }
+    for at in (1..).step_by(step) {
+        let files = Files::new(image);
+        let stop = Stop { at, calls: AtomicU64::new(0) };
+        let result = run(&files, &stop);
+        if stop.calls.load(Ordering::Relaxed) < at {
+            result.unwrap();
+            break;
+        }
+        stops += 1;
+        assert!(result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Cancelled), "{name}: {result:?}");
+        judge(&files, result, &format!("{name}: stopped at call {at}"));
+    }
+    println!("{name}: {faults} faults, {stops} stops");
+    assert!(faults > 10);
+}
+
+fn resized(size: u64) -> impl Fn(&Files, &dyn Progress) -> vhdkit::Result<()> {
+    move |files, progress| {
+        let options = ResizeOptions { allow_data_loss: true, ..ResizeOptions::to(size) };
+        resize(files.open(true)?, &options, progress).map(drop)
+    }
+}
+
+fn small() -> ImageBuilder {
+    ImageBuilder::new(5 * MIB + 512, 1 << 20)
+        .block(0, BlockSpec::present(Content::Sparse { seed: 1, stride: 97 }).at(9))
+        .block(2, BlockSpec::present(Content::Zero).at(6))
+        .block(3, BlockSpec::present(Content::Sparse { seed: 3, stride: 97 }).at(11))
+        .block(5, BlockSpec::present(Content::pattern(5)).at(8))
+}
+
+#[test]
+fn resizing_fails_anywhere() {
+    let image = small().build();
+    fails_anywhere("grow", &image, 1, &resized(7 * MIB));
+    fails_anywhere("shrink", &image, 1, &resized(2 * MIB + 1024));
+    let parent = ImageBuilder::new(8 * MIB, 1 << 20).block(5, BlockSpec::present(Content::pattern(8)));
+    let parent = Arc::new(parent.block(6, BlockSpec::present(Content::pattern(9))).named("p.vhdx").build());
+    let child = ImageBuilder::new(5 * MIB + 512, 1 << 20).differencing(&parent).build();
+    fails_anywhere("grow a child", &child, 1, &resized(8 * MIB));
+}
+
+/// Regions behind the blocks, which move down into the holes.
+#[test]
+fn compacting_fails_anywhere() {
+    let image = small().with(|builder| {
+        builder.log_offset = Some(14 * MIB);
+        builder.metadata_offset = Some(15 * MIB);
+        builder.bat_offset = Some(16 * MIB);
+    });
+    fails_anywhere("compact", &image.build(), 1, &|files, progress| {
+        let options = CompactOptions { filesystems: false, ..CompactOptions::default() };
+        compact(files.open(true)?, &options, progress).map(drop)
+    });
+}
+
+#[test]
+fn merging_fails_anywhere() {
+    let base = Arc::new(small().named("b.vhdx").build());
+    let mask = SectorMask::new(|sector| sector % 3 == 0);
+    let middle = ImageBuilder::new(6 * MIB, 1 << 20)
+        .differencing(&base)
+        .block(0, BlockSpec::partial(Content::pattern(21), mask.clone()))
+        .block(1, BlockSpec::present(Content::pattern(22)))
+        .named("m.vhdx");
+    let child = ImageBuilder::new(4 * MIB, 1 << 20)
+        .differencing(&Arc::new(middle.build()))
+        .block(0, BlockSpec::partial(Content::pattern(31), mask))
+        .block(2, BlockSpec::new(2))
+        .build();
+    for into in [1, 2] {
+        fails_anywhere(&format!("merge into {into}"), &child, 11, &move |files, progress| {
+            merge(files.open(false)?, &MergeOptions { into, replay: true, ..MergeOptions::default() }, progress)
+                .map(drop)
+        });
+    }
+}
+
+#[test]
+fn setting_fails_anywhere() {
+    fails_anywhere("set", &small().build(), 1, &|files, _| {
+        let item = UserItem { id: Guid::from_stored([7; 16]), value: Some(vec![7; 1 << 20]) };
+        let disk_id = Some(Guid::from_stored([9; 16]));
+        set(files.open(true)?, &SetOptions { disk_id, user_items: vec![item], ..SetOptions::default() }).map(drop)
+    });
 }

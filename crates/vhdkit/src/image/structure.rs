@@ -183,15 +183,19 @@ impl Edit<'_> {
         layer.bat().entry(index, layer.rules(), layer.view())
     }
 
-    /// Makes everything durable that was changed.
+    /// Makes everything durable that was changed, and puts it where it belongs: who moves a region or reads a page reads
+    /// the file.
     pub(crate) fn commit(&self) -> Result<()> {
-        self.shared.flush_with(Wait::Yes).map(|_| ())
+        self.shared.flush_with(Wait::Yes)?;
+        let Some(mut commit) = self.writer.lock_commit(Wait::Yes) else { return Ok(()) };
+        self.shared.write_home(self.writer, &mut commit, Vec::new())
     }
 
-    /// Makes freed space usable again.
+    /// The same, and makes freed space usable again.
     pub(crate) fn settle(&self) -> Result<()> {
         let Some(mut commit) = self.writer.lock_commit(Wait::Yes) else { return Ok(()) };
-        self.shared.settle(self.writer, &mut commit, Wait::Yes)
+        self.shared.settle(self.writer, &mut commit, Wait::Yes)?;
+        self.shared.write_home(self.writer, &mut commit, Vec::new())
     }
 
     /// Does all of a transaction at one instant. It is durable after the next [`Edit::commit`]. Nothing has happened when
