@@ -289,3 +289,24 @@ fn setting_fails_anywhere() {
         set(files.open(true)?, &SetOptions { disk_id, user_items: vec![item], ..SetOptions::default() }).map(drop)
     });
 }
+
+/// [MS-VHDX] 2.6.2.1, LeaveBlockAllocated: blocks of a fixed disk stay, and its file has room for all of them.
+#[test]
+fn the_blocks_of_a_fixed_disk_stay_allocated() {
+    let fixed = small().with(|builder| builder.leave_blocks_allocated = true);
+    for builder in [fixed.clone(), (0..6).fold(fixed, |builder, block| builder.block(block, BlockSpec::new(6)))] {
+        let long = builder.with(|builder| builder.file_length = Some(40 * MIB));
+        let bench = Bench::new(long.build());
+        let expected = bench.disk();
+        let options = CompactOptions::default();
+        let report = compact(bench.open(true), &options, &()).unwrap();
+        assert_eq!((report.zero_blocks, report.free_blocks, report.unneeded_blocks), (0, 0, 0));
+        let allocated = 6 * MIB;
+        let rest = 4 * MIB; // header section, log, metadata, BAT
+        assert!(report.new_file_size >= allocated + rest, "{report:?}");
+        expect_same(&bench.disk(), &expected);
+        resize(bench.open(true), &ResizeOptions { allow_data_loss: true, ..ResizeOptions::to(3 * MIB) }, &()).unwrap();
+        assert!(bench.storage.len().unwrap() >= 3 * MIB + rest);
+        expect_same(&bench.disk(), &expected[..(3 * MIB) as usize]);
+    }
+}

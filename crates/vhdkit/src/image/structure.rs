@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::bat::page_of;
 use super::change::give_back;
+use super::extents::LayerCursor;
 use super::layer::Layer;
 use super::session::Identity;
 use super::simulation::{Phase, enter};
@@ -68,11 +69,17 @@ impl Image {
         Ok(Edit { shared, writer, _active: active })
     }
 
-    /// Lets the file of a fixed disk be cut when it is closed: its blocks were moved or became fewer.
-    pub(crate) fn allow_cut(&self) {
-        if let Some(writer) = self.shared.writer.get() {
-            writer.cuts.store(true, Ordering::SeqCst);
+    /// Lets the file of a fixed disk be cut when it is closed: its blocks were moved or became fewer. The first `blocks` of
+    /// them are left; those that have no space yet find some at the end of the file, if it was there ([MS-VHDX] 2.6.2.1,
+    /// LeaveBlockAllocated: the file is never too short for all blocks).
+    pub(crate) fn allow_cut(&self, blocks: u64) -> Result<()> {
+        let Some(writer) = self.shared.writer.get() else { return Ok(()) };
+        if writer.is_fixed {
+            let missing = blocks_without_space(self.shared.top(), blocks)?;
+            writer.kept.store(missing * self.shared.top().geometry().block_size(), Ordering::SeqCst); // at most 64 TiB
         }
+        writer.cuts.store(true, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Moves the log to a lower place if it is what keeps the file long. False when it is not, or there is no such place. The
@@ -93,6 +100,23 @@ impl Image {
     pub(crate) fn used_end(&self) -> Option<u64> {
         Some(self.shared.writer.get()?.meta().space.used_end())
     }
+}
+
+/// How many of the first blocks of a disk own no space.
+fn blocks_without_space(layer: &Layer, blocks: u64) -> Result<u64> {
+    let geometry = layer.geometry();
+    let mut cursor = LayerCursor::new(layer);
+    let (mut block, mut missing) = (0, 0);
+    while block < blocks {
+        let index = geometry.payload_index(BlockIndex(block));
+        let entry = cursor.entry(index)?;
+        let is_owned = layer.rules().owned_range(BatSlot::Payload(BlockIndex(block)), entry).is_some();
+        let in_chunk = geometry.chunk_ratio() - block % geometry.chunk_ratio();
+        let equal = if is_owned { 1 } else { cursor.count_equal(index, in_chunk.min(blocks - block), entry)?.max(1) };
+        missing += if is_owned { 0 } else { equal };
+        block += equal;
+    }
+    Ok(missing)
 }
 
 impl Edit<'_> {
