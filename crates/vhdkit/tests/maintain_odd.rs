@@ -24,7 +24,7 @@ use vhdkit::ops::merge::{MergeOptions, merge};
 use vhdkit::ops::resize::{ResizeOptions, resize};
 use vhdkit::ops::set::{SetOptions, UserItem, set};
 use vhdkit::storage::Storage;
-use vhdkit_testkit::faulty::{Fault, FaultyStorage};
+use vhdkit_testkit::faulty::{Fault, FaultyStorage, Space};
 use vhdkit_testkit::sim::{CrashImage, PageMap, SimStorage, frozen_parents};
 use vhdkit_testkit::{BlockSpec, BuiltImage, Content, ImageBuilder, SectorMask};
 
@@ -309,4 +309,24 @@ fn the_blocks_of_a_fixed_disk_stay_allocated() {
         assert!(bench.storage.len().unwrap() >= 3 * MIB + rest);
         expect_same(&bench.disk(), &expected[..(3 * MIB) as usize]);
     }
+}
+
+/// More disk space than for one block is never needed.
+#[test]
+fn compacting_needs_room_for_one_block() {
+    let builder = (0..10).fold(ImageBuilder::new(10 * MIB, 1 << 20), |builder, block| {
+        builder.block(block, BlockSpec::present(Content::pattern(block + 1)).at(40 + block))
+    });
+    let bench = Bench::new(builder.build());
+    let expected = bench.disk();
+    let faulty = Arc::new(FaultyStorage::new(Arc::clone(&bench.storage)));
+    // One block, and the log.
+    faulty.limit_space(MIB + MIB / 2, Space::Sparse);
+    let image = bench.open_on(Arc::clone(&faulty) as Arc<dyn Storage>, true).unwrap();
+    let options = CompactOptions { filesystems: false, ..CompactOptions::default() };
+    let report = compact(image, &options, &()).unwrap();
+    assert_eq!(report.moved, 10, "{report:?}");
+    assert!(faulty.refused_for_space() > 0);
+    expect_same(&bench.disk(), &expected);
+    bench.expect_no_errors();
 }

@@ -143,6 +143,11 @@ impl Edit<'_> {
         }
     }
 
+    /// Does something once more when there was no room for it, and freed space has become room.
+    pub(crate) fn with_room<T>(&self, attempt: impl Fn() -> Result<T>) -> Result<T> {
+        self.shared.with_room(self.writer, Wait::Yes, attempt)
+    }
+
     /// Takes so many bytes that end before a file offset, if there are any.
     pub(crate) fn take_below(&self, bytes: u64, end: u64) -> Option<Given> {
         self.writer.meta().space.take_run(bytes, Some(end))

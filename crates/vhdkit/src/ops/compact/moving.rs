@@ -131,15 +131,10 @@ pub(super) fn move_down(edit: &Edit<'_>, progress: &dyn Progress) -> Result<u64>
         for unit in &units {
             let Some(kind) = open.get_mut(usize::from(unit.is_bitmap)).filter(|open| **open) else { continue };
             let bytes = unit_bytes(unit.is_bitmap, block_size);
-            let Some(given) = edit.take_below(bytes, unit.file_offset) else {
+            // The file system may have no more room than for one block: then each gives its old place back first.
+            if !edit.with_room(|| move_unit(edit, *unit, bytes))? {
                 *kind = false; // what lies lower has even less below it
                 continue;
-            };
-            let from = unit.file_offset;
-            if unit.is_bitmap {
-                edit.move_bitmap(ChunkIndex(unit.number), from, &given)?;
-            } else {
-                edit.move_block(BlockIndex(unit.number), from, &given)?;
             }
             moved += 1;
             unsettled += bytes;
@@ -152,6 +147,17 @@ pub(super) fn move_down(edit: &Edit<'_>, progress: &dyn Progress) -> Result<u64>
     }
     edit.settle()?;
     Ok(moved)
+}
+
+/// Moves a unit to the lowest hole below it; false when there is none.
+fn move_unit(edit: &Edit<'_>, unit: Unit, bytes: u64) -> Result<bool> {
+    let Some(given) = edit.take_below(bytes, unit.file_offset) else { return Ok(false) };
+    if unit.is_bitmap {
+        edit.move_bitmap(ChunkIndex(unit.number), unit.file_offset, &given)?;
+    } else {
+        edit.move_block(BlockIndex(unit.number), unit.file_offset, &given)?;
+    }
+    Ok(true)
 }
 
 /// Moves the BAT and the metadata region down when they are what keeps the file long. Nothing may be done with the image
