@@ -22,11 +22,12 @@ use vhdkit::ops::check::{CheckOptions, check};
 use vhdkit::ops::compact::{CompactOptions, compact};
 use vhdkit::ops::merge::{MergeOptions, merge};
 use vhdkit::ops::resize::{ResizeOptions, resize};
-use vhdkit::ops::set::{SetOptions, UserItem, set};
+use vhdkit::ops::set::{SetOptions, UserItem, set, user_item};
 use vhdkit::storage::Storage;
 use vhdkit_testkit::faulty::{Fault, FaultyStorage, Space};
 use vhdkit_testkit::sim::{CrashImage, PageMap, SimStorage, frozen_parents};
-use vhdkit_testkit::{BlockSpec, BuiltImage, Content, ImageBuilder, SectorMask};
+use vhdkit_testkit::spec::ItemSpec;
+use vhdkit_testkit::{BlockSpec, BuiltImage, Content, DirtyPlan, ImageBuilder, SectorMask};
 
 const MIB: u64 = 1 << 20;
 
@@ -329,4 +330,57 @@ fn compacting_needs_room_for_one_block() {
     assert!(faulty.refused_for_space() > 0);
     expect_same(&bench.disk(), &expected);
     bench.expect_no_errors();
+}
+
+/// A chain of two, the child with a block of each kind.
+fn pair(change: impl FnOnce(ImageBuilder) -> ImageBuilder) -> BuiltImage {
+    let base = (0..8).fold(ImageBuilder::new(8 * MIB, 1 << 20), |builder, block| {
+        builder.block(block, BlockSpec::present(Content::pattern(block + 1)))
+    });
+    let child = ImageBuilder::new(8 * MIB, 1 << 20)
+        .differencing(&Arc::new(base.named("b.vhdx").build()))
+        .block(1, BlockSpec::present(Content::pattern(21)))
+        .block(3, BlockSpec::partial(Content::pattern(22), SectorMask::new(|sector| sector % 3 == 0)))
+        .block(5, BlockSpec::new(2));
+    change(child).build()
+}
+
+fn merge_all(files: &Files) {
+    let options = MergeOptions { into: 1, replay: true, ..MergeOptions::default() };
+    merge(files.open(false).unwrap(), &options, &()).unwrap();
+}
+
+/// The child's log is put into place before its parent is written; from then on the log holds something else.
+#[test]
+fn a_child_is_merged_whose_structures_are_in_its_log() {
+    let expected = Files::new(&pair(|child| child)).disk();
+    for (seed, entries) in [(1, 1), (2, 2), (3, 3)] {
+        let mut image = pair(|child| child);
+        let clean = image.clone();
+        let plan = DirtyPlan::new(seed).move_bat(&clean).move_bitmaps(&clean).with(|plan| {
+            plan.entries = entries;
+            plan.ring_start = 0;
+        });
+        plan.apply(&mut image);
+        let files = Files::new(&image);
+        expect_same(&files.disk(), &expected);
+        merge_all(&files);
+        expect_same(&files.disk(), &expected);
+        expect_same(&Files(files.0[1..].to_vec()).disk(), &expected);
+        files.expect_no_errors("dirty child");
+    }
+}
+
+/// The child's metadata moves to a larger region for its new locator, and the parent gets the child's items from there.
+#[test]
+fn items_of_a_child_are_merged_whose_metadata_moves() {
+    let id = vhdkit_testkit::Guid::seeded(77);
+    let bytes: Vec<u8> = (0..978_944_u32).map(|number| (number % 251) as u8).collect();
+    let files = Files::new(&pair(|child| child.item(ItemSpec::new(id, 3, &bytes))));
+    let expected = files.disk();
+    merge_all(&files);
+    let alone = Files(files.0[1..].to_vec());
+    expect_same(&alone.disk(), &expected);
+    let found = user_item(&alone.open(false).unwrap().layers()[0], Guid::from_stored(id.0)).unwrap().unwrap();
+    assert!(found == bytes, "the item has other bytes");
 }
