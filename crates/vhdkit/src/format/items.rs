@@ -72,6 +72,8 @@ fn is_of(entry: &RawEntry, change: &ItemChange) -> bool {
 pub fn rewrite(length: u64, changes: &[ItemChange], read: &mut ReadRegion<'_>) -> Result<Option<Rewrite>> {
     let table = read(0..TABLE_BYTES as u64)?;
     let mut list = entries(&table)?;
+    // Until the table changes, these items count: nothing is written over them before.
+    let old = list.clone();
     let mut rewrite = Rewrite::default();
     for change in changes {
         let found = list.iter().position(|entry| is_of(entry, change));
@@ -87,13 +89,13 @@ pub fn rewrite(length: u64, changes: &[ItemChange], read: &mut ReadRegion<'_>) -
                 patch(&mut rewrite.pages, offset, bytes, read)?;
                 continue;
             }
-            let Some(offset) = place(length, &list, &rewrite.fresh, bytes.len() as u64) else { return Ok(None) };
+            let Some(offset) = place(length, &old, &rewrite.fresh, bytes.len() as u64) else { return Ok(None) };
             if let Some(entry) = found.and_then(|index| list.get_mut(index)) {
                 set_place(entry, offset, bytes.len());
             }
             rewrite.fresh.push((offset, bytes.clone()));
         } else {
-            let Some(offset) = place(length, &list, &rewrite.fresh, bytes.len() as u64) else { return Ok(None) };
+            let Some(offset) = place(length, &old, &rewrite.fresh, bytes.len() as u64) else { return Ok(None) };
             list.push(new_entry(change, *flags, offset, bytes.len()));
             rewrite.fresh.push((offset, bytes.clone()));
         }
@@ -193,9 +195,9 @@ fn set_place(entry: &mut RawEntry, offset: u64, length: usize) {
     entry.length = u32::try_from(length).unwrap_or(u32::MAX).into(); // at most 1 MiB
 }
 
-/// The lowest place of whole pages that no item touches.
-fn place(region: u64, list: &[RawEntry], fresh: &[(u64, Vec<u8>)], length: u64) -> Option<u64> {
-    let mut taken: Vec<Range<u64>> = list
+/// The lowest place of whole pages that no item touches, neither an old one nor one that was written before.
+fn place(region: u64, old: &[RawEntry], fresh: &[(u64, Vec<u8>)], length: u64) -> Option<u64> {
+    let mut taken: Vec<Range<u64>> = old
         .iter()
         .filter(|entry| entry.length.get() > 0)
         .map(|entry| u64::from(entry.offset.get())..u64::from(entry.offset.get()) + u64::from(entry.length.get()))
@@ -297,6 +299,10 @@ mod tests {
         let fresh = Rewrite { fresh: rewrite.fresh.clone(), pages: BTreeMap::new() };
         apply(&mut new, &fresh);
         assert_eq!(understood(&new), understood(bytes));
+        for item in understood(bytes).items {
+            let range = u64::from(item.offset)..u64::from(item.offset + item.length);
+            assert!(slice(&new, &range) == slice(bytes, &range), "item {} is overwritten while it counts", item.id);
+        }
         apply(&mut new, &rewrite);
         Some(new)
     }
@@ -332,6 +338,18 @@ mod tests {
         let gone = ItemChange { id: b, is_user: true, value: None };
         let refused = rewrite(MIB as u64, &[gone], &mut |range| Ok(slice(&three, &range))).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::InvalidArgument);
+    }
+
+    /// What is new does not go where something was that is taken out, or moved, at the same instant.
+    #[test]
+    fn old_items_stay_whole_until_the_table_changes() {
+        let (a, b, c) = (Guid::from_stored([1; 16]), Guid::from_stored([2; 16]), Guid::from_stored([3; 16]));
+        let old = changed(&region(), &[set(a, true, &[1; 9000]), set(b, true, &[2; 7000])]).unwrap();
+        let out = ItemChange { id: a, is_user: true, value: None };
+        let new = changed(&old, &[out, set(c, true, &[3; 8000])]).unwrap();
+        assert_eq!((item(&new, b), item(&new, c)), (vec![2; 7000], vec![3; 8000]));
+        let new = changed(&old, &[set(a, true, &[4; 9001]), set(b, true, &[5; 7001])]).unwrap();
+        assert_eq!((item(&new, a), item(&new, b)), (vec![4; 9001], vec![5; 7001]));
     }
 
     /// The same GUID names an item of the format and one of a user.

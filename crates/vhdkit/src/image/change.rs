@@ -303,7 +303,7 @@ impl Shared {
     }
 
     /// Makes the file long enough for a block whose end it cuts off (old versions of QEMU leave such files).
-    fn reach(&self, writer: &Writer, end: u64, wait: Wait) -> Result<()> {
+    pub(super) fn reach(&self, writer: &Writer, end: u64, wait: Wait) -> Result<()> {
         if end <= self.view().physical_size() {
             return Ok(());
         }

@@ -345,7 +345,7 @@ impl Shared {
     }
 
     /// Writes pages home whose entry is durable, and those that found no room before.
-    fn write_home(&self, writer: &Writer, commit: &mut Commit, pages: Vec<TakenPage>) -> Result<()> {
+    pub(super) fn write_home(&self, writer: &Writer, commit: &mut Commit, pages: Vec<TakenPage>) -> Result<()> {
         for page in pages {
             if let Some(older) = commit.unhomed.insert(page.file_offset, page) {
                 self.unpin(&older);

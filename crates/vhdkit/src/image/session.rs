@@ -253,7 +253,7 @@ impl Shared {
         }
         let (end, has_moved) = {
             let meta = writer.meta();
-            (meta.space.used_end(), meta.space.has_moved())
+            (meta.space.used_end().saturating_add(writer.kept.load(Ordering::SeqCst)), meta.space.has_moved())
         };
         if !(has_moved || cuts) || end >= self.view().physical_size() {
             return Ok(()); // what trails behind is somebody else's

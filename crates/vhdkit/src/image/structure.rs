@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::bat::page_of;
 use super::change::give_back;
+use super::extents::LayerCursor;
 use super::layer::Layer;
 use super::session::Identity;
 use super::simulation::{Phase, enter};
@@ -68,11 +69,17 @@ impl Image {
         Ok(Edit { shared, writer, _active: active })
     }
 
-    /// Lets the file of a fixed disk be cut when it is closed: its blocks were moved or became fewer.
-    pub(crate) fn allow_cut(&self) {
-        if let Some(writer) = self.shared.writer.get() {
-            writer.cuts.store(true, Ordering::SeqCst);
+    /// Lets the file of a fixed disk be cut when it is closed: its blocks were moved or became fewer. The first `blocks` of
+    /// them are left; those that have no space yet find some at the end of the file, if it was there ([MS-VHDX] 2.6.2.1,
+    /// LeaveBlockAllocated: the file is never too short for all blocks).
+    pub(crate) fn allow_cut(&self, blocks: u64) -> Result<()> {
+        let Some(writer) = self.shared.writer.get() else { return Ok(()) };
+        if writer.is_fixed {
+            let missing = blocks_without_space(self.shared.top(), blocks)?;
+            writer.kept.store(missing * self.shared.top().geometry().block_size(), Ordering::SeqCst); // at most 64 TiB
         }
+        writer.cuts.store(true, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Moves the log to a lower place if it is what keeps the file long. False when it is not, or there is no such place. The
@@ -93,6 +100,23 @@ impl Image {
     pub(crate) fn used_end(&self) -> Option<u64> {
         Some(self.shared.writer.get()?.meta().space.used_end())
     }
+}
+
+/// How many of the first blocks of a disk own no space.
+fn blocks_without_space(layer: &Layer, blocks: u64) -> Result<u64> {
+    let geometry = layer.geometry();
+    let mut cursor = LayerCursor::new(layer);
+    let (mut block, mut missing) = (0, 0);
+    while block < blocks {
+        let index = geometry.payload_index(BlockIndex(block));
+        let entry = cursor.entry(index)?;
+        let is_owned = layer.rules().owned_range(BatSlot::Payload(BlockIndex(block)), entry).is_some();
+        let in_chunk = geometry.chunk_ratio() - block % geometry.chunk_ratio();
+        let equal = if is_owned { 1 } else { cursor.count_equal(index, in_chunk.min(blocks - block), entry)?.max(1) };
+        missing += if is_owned { 0 } else { equal };
+        block += equal;
+    }
+    Ok(missing)
 }
 
 impl Edit<'_> {
@@ -119,6 +143,11 @@ impl Edit<'_> {
         }
     }
 
+    /// Does something once more when there was no room for it, and freed space has become room.
+    pub(crate) fn with_room<T>(&self, attempt: impl Fn() -> Result<T>) -> Result<T> {
+        self.shared.with_room(self.writer, Wait::Yes, attempt)
+    }
+
     /// Takes so many bytes that end before a file offset, if there are any.
     pub(crate) fn take_below(&self, bytes: u64, end: u64) -> Option<Given> {
         self.writer.meta().space.take_run(bytes, Some(end))
@@ -142,6 +171,11 @@ impl Edit<'_> {
     /// Copies a range of the file to space that was taken.
     pub(crate) fn copy(&self, from: Range<u64>, to: &Given) -> Result<()> {
         self.copy_within(from, to)
+    }
+
+    /// Makes the file so long at least.
+    pub(crate) fn reach(&self, end: u64) -> Result<()> {
+        self.shared.reach(self.writer, end, Wait::Yes)
     }
 
     /// Writes bytes where nothing durable points to yet.
@@ -178,15 +212,19 @@ impl Edit<'_> {
         layer.bat().entry(index, layer.rules(), layer.view())
     }
 
-    /// Makes everything durable that was changed.
+    /// Makes everything durable that was changed, and puts it where it belongs: who moves a region or reads a page reads
+    /// the file.
     pub(crate) fn commit(&self) -> Result<()> {
-        self.shared.flush_with(Wait::Yes).map(|_| ())
+        self.shared.flush_with(Wait::Yes)?;
+        let Some(mut commit) = self.writer.lock_commit(Wait::Yes) else { return Ok(()) };
+        self.shared.write_home(self.writer, &mut commit, Vec::new())
     }
 
-    /// Makes freed space usable again.
+    /// The same, and makes freed space usable again.
     pub(crate) fn settle(&self) -> Result<()> {
         let Some(mut commit) = self.writer.lock_commit(Wait::Yes) else { return Ok(()) };
-        self.shared.settle(self.writer, &mut commit, Wait::Yes)
+        self.shared.settle(self.writer, &mut commit, Wait::Yes)?;
+        self.shared.write_home(self.writer, &mut commit, Vec::new())
     }
 
     /// Does all of a transaction at one instant. It is durable after the next [`Edit::commit`]. Nothing has happened when

@@ -226,6 +226,8 @@ pub(super) struct Writer {
     pub(super) is_fixed: bool,
     /// The file of a fixed disk may be cut all the same.
     pub(super) cuts: AtomicBool,
+    /// So many bytes stay behind what is owned then.
+    pub(super) kept: AtomicU64,
     pub(super) broken: Option<BrokenRule>,
     /// The data write GUIDs that the caller chose, instead of a random one.
     pub(super) chosen: Mutex<ChosenGuids>,
@@ -369,6 +371,7 @@ impl Writer {
             room: AtomicU64::new(0),
             is_fixed,
             cuts: AtomicBool::new(false),
+            kept: AtomicU64::new(0),
             broken: None,
             chosen: Mutex::default(),
         }

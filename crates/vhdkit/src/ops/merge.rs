@@ -13,7 +13,7 @@ use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::edit::{OpenLayers, Placed, change_items, finish, refused};
+use super::edit::{OpenLayers, Placed, change_items, finish, refused, top};
 use super::reparent::{with_second_identity, write_locator};
 use super::resize::{new_geometry, run as resize_image};
 use super::{Progress, advance};
@@ -203,7 +203,12 @@ impl<'a> Merge<'a> {
         options.open(Arc::clone(layer.storage()), layer.path())
     }
 
+    /// The file is for reading again.
     fn release(layer: &Layer) -> Result<()> {
+        // What its log held is in place, and the log holds something else.
+        let length = layer.storage().len();
+        layer.view().set_size(length.map_err(|error| Error::io("cannot tell the length of the file", error))?);
+        layer.view().drop_overlay();
         layer.storage().set_access(false)
     }
 
@@ -312,7 +317,11 @@ impl<'a> Merge<'a> {
 
     /// The ancestor's disk becomes the child's in what the guest sees besides its bytes.
     fn take_identity(&self, image: &Image, identity: Identity) -> Result<()> {
-        let (from, to) = (self.child.metadata(), self.ancestor.metadata());
+        // Items may lie elsewhere since the child's locator was changed.
+        let child = OpenOptions::new().without_parents();
+        let child = child.open(Arc::clone(self.child.storage()), self.child.path())?;
+        let child = top(&child)?;
+        let (from, to) = (child.metadata(), self.ancestor.metadata());
         let mut changes = Vec::new();
         let flags = crate::format::metadata::FLAG_REQUIRED | FLAG_VIRTUAL_DISK;
         if from.disk_id != to.disk_id {
@@ -324,7 +333,7 @@ impl<'a> Merge<'a> {
             changes.push(ItemChange { id: PHYSICAL_SECTOR_SIZE, is_user: false, value });
         }
         for item in from.items.iter().filter(|item| item.is_user() && item.flags & FLAG_VIRTUAL_DISK != 0) {
-            let bytes = user_item(self.child, item.id)?.unwrap_or_default();
+            let bytes = user_item(child, item.id)?.unwrap_or_default();
             if user_item(self.ancestor, item.id)?.as_ref() != Some(&bytes) {
                 changes.push(ItemChange { id: item.id, is_user: true, value: Some((item.flags, bytes)) });
             }

@@ -75,8 +75,9 @@ pub struct CompactReport {
 /// Makes the file of an image smaller in place. The image was opened for writing, a differencing one with its parents, and is
 /// closed at the end.
 ///
-/// Zero blocks become ZERO, free ones UNMAPPED, both without space; the guest's files are what they were. A crash leaves an
-/// image with the same contents, somewhere in between. A fixed disk keeps all its blocks. It needs room for one block, and what is freed is given back to the
+/// Zero blocks become ZERO, free ones UNMAPPED, both without space; the guest's files are what they were. The blocks of a
+/// fixed disk stay allocated ([MS-VHDX] 2.6.2.1), and are moved at most. A crash leaves an
+/// image with the same contents, somewhere in between. It needs room for one block, and what is freed is given back to the
 /// file system as it goes. Dropping free blocks changes what the guest reads there, and so gives the image a new data
 /// write GUID; dropping zeros and moving blocks do not.
 ///
@@ -104,18 +105,17 @@ pub fn compact_as_planned(
         block_size: layer.geometry().block_size(),
         ..CompactReport::default()
     };
-    let drops = layer.metadata().disk_type() != DiskType::Fixed;
-    if !drops {
-        let remark = "a fixed disk keeps all its blocks; `vhdkit convert` makes a dynamic one of it";
+    let is_fixed = layer.metadata().disk_type() == DiskType::Fixed;
+    if is_fixed {
+        let remark = "the disk is fixed: its blocks stay allocated (`vhdkit convert` makes a dynamic disk of it)";
         report.remarks.push(remark.to_owned());
     }
-    let options = &CompactOptions {
-        filesystems: options.filesystems && drops,
-        zero_scan: options.zero_scan && drops,
-        ..options.clone()
-    };
-    let free = free_blocks(&image, options, &mut report, progress)?;
-    let unneeded = find_unneeded(&image, layer, &free, options.zero_scan, progress)?;
+    let drops = !is_fixed;
+    let free = free_blocks(&image, drops && options.filesystems, &mut report, progress)?;
+    let mut unneeded = find_unneeded(&image, layer, &free, drops && options.zero_scan, progress)?;
+    if is_fixed {
+        unneeded.anchored = BlockSet::default();
+    }
     drop(free);
     fill(&mut report, &unneeded);
     if report.free_blocks > 0 && !options.children.is_empty() && !options.break_children {
@@ -147,7 +147,7 @@ fn move_again(image: &Image, mut report: CompactReport, progress: &dyn Progress)
     let image = reopen(image)?;
     if moving::can_move(&image)? {
         let worked = image.edit(Identity::Kept).and_then(|edit| {
-            image.allow_cut();
+            image.allow_cut(top(&image)?.geometry().payload_blocks())?;
             report.moved += moving::move_down(&edit, progress)?;
             edit.commit()
         });
@@ -182,14 +182,9 @@ fn has_children(report: &CompactReport, children: &[String]) -> crate::Error {
 }
 
 /// The blocks that are free inside the guest's file systems.
-fn free_blocks(
-    image: &Image,
-    options: &CompactOptions,
-    report: &mut CompactReport,
-    progress: &dyn Progress,
-) -> Result<BlockSet> {
+fn free_blocks(image: &Image, looks: bool, report: &mut CompactReport, progress: &dyn Progress) -> Result<BlockSet> {
     let mut free = FreeBlocks::new(image.size(), image.geometry().block_size());
-    if !options.filesystems {
+    if !looks {
         return Ok(free.blocks);
     }
     let survey = survey(image, progress)?;
@@ -233,7 +228,7 @@ fn expected_size(layer: &Layer, dropped: u64, progress: &dyn Progress) -> Result
 fn run(image: &Image, unneeded: &Unneeded, report: &mut CompactReport, progress: &dyn Progress) -> Result<()> {
     let identity = if report.free_blocks > 0 { Identity::New } else { Identity::Kept };
     let edit = image.edit(identity)?;
-    image.allow_cut();
+    image.allow_cut(edit.layer().geometry().payload_blocks())?;
     drop_blocks(&edit, unneeded, progress)?;
     report.bitmaps = moving::drop_bitmaps(&edit)?;
     edit.settle()?;

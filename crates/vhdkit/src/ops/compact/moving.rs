@@ -154,13 +154,10 @@ fn move_kind(edit: &Edit<'_>, kind: Kind, progress: &dyn Progress) -> Result<u64
         let Some(last) = units.last() else { break };
         below = last.file_offset;
         for unit in &units {
-            let Some(given) = edit.take_below(bytes, unit.file_offset) else {
+            // The file system may have no more room than for one block: then each gives its old place back first.
+            if !edit.with_room(|| move_unit(edit, kind, *unit, bytes))? {
                 break 'passes; // what lies lower has even less below it
-            };
-            match kind {
-                Kind::Payload => edit.move_block(BlockIndex(unit.number), unit.file_offset, &given)?,
-                Kind::Bitmap => edit.move_bitmap(ChunkIndex(unit.number), unit.file_offset, &given)?,
-            };
+            }
             moved += 1;
             unsettled += bytes;
             if unsettled >= SETTLE_BYTES {
@@ -172,6 +169,16 @@ fn move_kind(edit: &Edit<'_>, kind: Kind, progress: &dyn Progress) -> Result<u64
     }
     edit.settle()?;
     Ok(moved)
+}
+
+/// Moves a unit to the lowest hole below it; false when there is none.
+fn move_unit(edit: &Edit<'_>, kind: Kind, unit: Unit, bytes: u64) -> Result<bool> {
+    let Some(given) = edit.take_below(bytes, unit.file_offset) else { return Ok(false) };
+    match kind {
+        Kind::Payload => edit.move_block(BlockIndex(unit.number), unit.file_offset, &given)?,
+        Kind::Bitmap => edit.move_bitmap(ChunkIndex(unit.number), unit.file_offset, &given)?,
+    };
+    Ok(true)
 }
 
 /// Moves the BAT and the metadata region down when they are what keeps the file long. Nothing may be done with the image

@@ -85,7 +85,14 @@ fn finish_last_block(image: &Image, edit: &Edit<'_>, parent: Option<u64>) -> Res
     }
     let entry = edit.entry(index)?;
     if let Some(owned) = layer.rules().owned_range(BatSlot::Payload(block), entry) {
+        // Old versions of QEMU cut the file where the data of the last block ends; it is the last no longer.
+        edit.reach(owned.end)?;
         edit.zero(owned.start + inside..owned.end)?;
+    }
+    if entry.payload_state() == Some(PayloadState::PartiallyPresent) {
+        // All its sectors were there before, so that nothing made it whole; bits behind the old end would count now.
+        let whole = BatEntry::new(PayloadState::FullyPresent.number(), entry.file_offset());
+        edit.apply(Transaction { entries: vec![(index, whole)], ..Transaction::default() })?;
     }
     Ok(())
 }

@@ -68,7 +68,7 @@ pub(crate) fn run(image: &Image, geometry: &Geometry, identity: Identity, progre
     cleared.add(&edit, &mut transaction)?;
     edit.apply(transaction)?;
     edit.commit()?;
-    image.allow_cut();
+    image.allow_cut(geometry.payload_blocks())?;
     // The disk is small by now. What is left is space to give back.
     while !cleared.is_done() {
         advance(progress, cleared.next, Some(cleared.end))?;
