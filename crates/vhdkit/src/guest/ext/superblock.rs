@@ -299,19 +299,23 @@ fn clean(raw: &RawSuper) -> Checked<()> {
     require(raw.last_orphan.get() == 0, "it holds orphans: it was not unmounted in order")
 }
 
-/// The numbers, checked against each other.
-fn numbers(raw: &RawSuper) -> Checked<Super> {
-    let (incompatible, ignorable) = (raw.incompatible.get(), raw.read_only_compatible.get());
+/// Bytes of a block, and blocks of a cluster.
+fn sizes(raw: &RawSuper, bigalloc: bool) -> Checked<(u64, u64)> {
     let log_size = raw.log_block_size.get();
     require(log_size <= LOG_BLOCK_SIZE_MAX, "its block size is not one")?;
     let block_size = SUPER_OFFSET << log_size; // at most 64 KiB
+    match raw.log_cluster_size.get().checked_sub(log_size) {
+        Some(0) => Ok((block_size, 1)),
+        Some(ratio) if bigalloc && ratio <= LOG_CLUSTER_RATIO_MAX => Ok((block_size, 1 << ratio)),
+        _ => reason("its cluster size is not one"),
+    }
+}
+
+/// The numbers, checked against each other.
+fn numbers(raw: &RawSuper) -> Checked<Super> {
+    let (incompatible, ignorable) = (raw.incompatible.get(), raw.read_only_compatible.get());
     let bigalloc = ignorable & read_only_compatible::BIGALLOC != 0;
-    let log_ratio = raw.log_cluster_size.get().checked_sub(log_size);
-    let cluster_blocks = match log_ratio {
-        Some(0) => 1,
-        Some(ratio) if bigalloc && ratio <= LOG_CLUSTER_RATIO_MAX => 1_u64 << ratio,
-        _ => return reason("its cluster size is not one"),
-    };
+    let (block_size, cluster_blocks) = sizes(raw, bigalloc)?;
     let wide = incompatible & incompatible::BITS64 != 0;
     let join = |low: u32, high: u32| u64::from(low) | if wide { u64::from(high) << 32 } else { 0 };
     let blocks = join(raw.blocks_count_low.get(), raw.blocks_count_high.get());
