@@ -209,6 +209,14 @@ fn a_file_that_is_damaged_anywhere_is_refused_before_the_first_write() {
     let record = |index: usize| &whole[starts[index]..starts[index + 1]];
     refused(&[&whole[..starts[1]], &whole[starts[2]..]].concat(), &target);
     refused(&[&whole[..starts[0]], record(1), record(0), &whole[starts[2]..]].concat(), &target);
+    // A record that is right by itself, and not the one that was written.
+    let mut changed = whole.clone();
+    let record = &mut changed[starts[1]..starts[1] + 64];
+    record[52] ^= 1;
+    let right = vhdkit::format::checksum::checksum(record);
+    record[4..8].copy_from_slice(&right.to_le_bytes());
+    let error = refused(&changed, &target);
+    assert!(error.message().contains("whole file"), "{error}");
     let (other, _) = increment(&chain.open(1), &chain.open(0), &ExportOptions::default());
     assert_eq!(whole.len(), other.len());
     refused(&[&whole[..starts[1]], &other[starts[1]..]].concat(), &target);
