@@ -110,7 +110,7 @@ fn judge(seed: u64) {
 
 #[test]
 fn nothing_gets_worse() {
-    let seeds = std::env::var("VHDKIT_MENDING_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(600);
+    let seeds = std::env::var("VHDKIT_MENDING_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(80);
     if let Some(seed) = std::env::var("VHDKIT_MENDING_SEED").ok().and_then(|seed| seed.parse().ok()) {
         return judge(seed);
     }
