@@ -3,7 +3,14 @@
 //!
 //! `VHDKIT_MENDING_SEED=N` looks at one of them again, and
 //! `VHDKIT_MENDING_SEEDS=100000 cargo test --release -p vhdkit --test mending_random` is the long mode.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "test code"
+)]
 
 use std::sync::Arc;
 
