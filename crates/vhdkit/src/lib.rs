@@ -10,7 +10,8 @@
 //!   many threads, and [`visit_extents`](image::BlockDevice::visit_extents), which tells data from zeros and holes and names
 //!   the layer and the place in its file.
 //! - [`ops`] works on whole images: [`create`](ops::create), [`convert`](ops::convert), [`check`](ops::check),
-//!   [`compare`](ops::compare), [`measure`](ops::measure), [`dump`](ops::dump).
+//!   [`compare`](ops::compare), [`measure`](ops::measure), [`dump`](ops::dump); and on broken ones:
+//!   [`repair`](ops::repair), [`recover`](ops::recover).
 //! - [`storage::Storage`] is all that the library asks of the outside world; files, block devices, memory and overlays are
 //!   there, and you can bring your own.
 //! - [`mod@format`] turns bytes into values and back, without any I/O, and holds the numbered rules.

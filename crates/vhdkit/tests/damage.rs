@@ -2,7 +2,14 @@
 //! never worse.
 //!
 //! `cargo test -p vhdkit --test damage -- --ignored write_the_table` writes it again.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "test code"
+)]
 
 use std::fmt::Write as _;
 use std::path::PathBuf;

@@ -31,6 +31,69 @@ pub(crate) struct Outcome {
     pub after: BTreeSet<Code>,
 }
 
+/// What is mended whenever the image can be opened afterwards.
+const MENDED: [Code; 20] = [
+    Code::HeaderCopyDamaged,
+    Code::HeaderSequenceTie,
+    Code::HeaderReserved,
+    Code::LogNoSequence,
+    Code::LogTargetHeader,
+    Code::LogTargetLog,
+    Code::LogTargetBeyond,
+    Code::LogFileOffsetUnaligned,
+    Code::RegionCopyDamaged,
+    Code::RegionCopiesDiffer,
+    Code::RegionReserved,
+    Code::MetadataReserved,
+    Code::MetadataEntryReserved,
+    Code::MetadataEmptyOffset,
+    Code::MetadataFlags,
+    Code::FileParametersReserved,
+    Code::BatStateOldUnmapped,
+    Code::BatAnchor,
+    Code::BatLastBlockCut,
+    Code::BitmapUnexpected,
+];
+
+/// What is never mended, as what is right cannot be known from the file.
+const LEFT: [Code; 22] = [
+    Code::FileTooSmall,
+    Code::HeadersDamaged,
+    Code::HeaderVersion,
+    Code::LogVersion,
+    Code::LogGrowth,
+    Code::LogTooLong,
+    Code::RegionTablesDamaged,
+    Code::RegionMissing,
+    Code::RegionOverlap,
+    Code::RegionUnknownRequired,
+    Code::MetadataSignature,
+    Code::MetadataMissing,
+    Code::MetadataOverlap,
+    Code::MetadataUnknownRequired,
+    Code::IncompleteFile,
+    Code::BlockSize,
+    Code::DiskSize,
+    Code::LogicalSectorSize,
+    Code::ParentLocatorMissing,
+    Code::BatTooSmall,
+    Code::BitmapMissing,
+    Code::LocatorLinkage,
+];
+
+/// What is certain is mended, and what is not is left.
+pub(crate) fn expect(outcome: &Outcome) {
+    let Outcome { before, after, changed } = outcome;
+    let mended = before.iter().filter(|code| MENDED.contains(code));
+    let openable = *changed || before.iter().all(|code| MENDED.contains(code));
+    for code in mended.filter(|_| openable) {
+        assert!(*changed && !after.contains(code), "{code:?} is not mended: {outcome:?}");
+    }
+    for code in before.iter().filter(|code| LEFT.contains(code)) {
+        assert!(after.contains(code), "{code:?} is mended: {outcome:?}");
+    }
+}
+
 fn serious(findings: &[Finding]) -> BTreeSet<Code> {
     findings.iter().filter(|finding| finding.severity() > Severity::Note).map(Finding::code).collect()
 }

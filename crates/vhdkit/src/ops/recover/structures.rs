@@ -10,6 +10,7 @@ use zerocopy::FromBytes as _;
 
 use super::FILE_BYTES_MAX;
 use super::report::{Certainty, Notes};
+use super::table;
 use crate::error::{Error, Result};
 use crate::format::HEADER_SECTION_BYTES;
 use crate::format::checksum::checksum;
@@ -70,8 +71,44 @@ pub(super) fn bytes(view: &View, offset: u64, length: usize) -> Result<Vec<u8>> 
 /// Finds everything that is left.
 pub(super) fn find(storage: &Arc<dyn Storage>, notes: &mut Notes, progress: &dyn Progress) -> Result<Structures> {
     let size = storage.len().map_err(|error| Error::io("cannot tell the length of the file", error))?;
-    let header = header(storage, size, notes)?;
-    let (view, log) = log(storage, size, header, notes)?;
+    if let Some(header) = header(storage, size, notes)? {
+        let (view, log) = log(storage, size, &header, true, notes)?;
+        return find_in(view, log, notes, progress);
+    }
+    let mut plain_notes = Notes::default();
+    let searched = search_log(storage, size)?;
+    let place = searched.map(|header| header.log_offset..header.log_offset + u64::from(header.log_length)); // found in the file
+    let plain = find_in(View::plain(Arc::clone(storage), size), place, &mut plain_notes, progress)?;
+    let Some(header) = searched else {
+        notes.parts.append(&mut plain_notes.parts);
+        return Ok(plain);
+    };
+    // Nothing says whether the log is in use. It is replayed where that leads to more than the file does by itself.
+    let mut other_notes = Notes::default();
+    let (view, log) = log(storage, size, &header, false, &mut other_notes)?;
+    let replayed = find_in(view, log, &mut other_notes, progress)?;
+    if replayed.weight(progress)? > plain.weight(progress)? {
+        notes.parts.append(&mut other_notes.parts);
+        return Ok(replayed);
+    }
+    notes.part("log", Certainty::Guessed, "not replayed, as nothing more is found with it");
+    notes.parts.append(&mut plain_notes.parts);
+    Ok(plain)
+}
+
+impl Structures {
+    /// How much was found: metadata, and blocks with data.
+    fn weight(&self, progress: &dyn Progress) -> Result<(bool, u64)> {
+        let blocks = match &self.bat {
+            Some(bat) => table::present(&self.view, bat.start)?,
+            None => table::search(self, progress)?.map_or(0, |found| found.present),
+        };
+        Ok((self.metadata.is_some() && self.parameters.disk_size.is_some(), blocks))
+    }
+}
+
+/// Finds what a file with or without its log leads to.
+fn find_in(view: View, log: Option<Range<u64>>, notes: &mut Notes, progress: &dyn Progress) -> Result<Structures> {
     let regions = region_table(&view, notes)?;
     let in_file = |range: &Range<u64>| range.start < view.size();
     let known = |guid: Guid| regions.iter().find(|(other, _)| *other == guid).map(|(_, range)| range.clone());
@@ -140,17 +177,11 @@ fn header(storage: &Arc<dyn Storage>, size: u64, notes: &mut Notes) -> Result<Op
 fn log(
     storage: &Arc<dyn Storage>,
     size: u64,
-    header: Option<Header>,
+    header: &Header,
+    certain: bool,
     notes: &mut Notes,
 ) -> Result<(View, Option<Range<u64>>)> {
     let plain = || View::plain(Arc::clone(storage), size);
-    let (header, certain) = match header {
-        Some(header) => (header, true),
-        None => match search_log(storage, size)? {
-            Some(header) => (header, false),
-            None => return Ok((plain(), None)),
-        },
-    };
     let (start, length) = (header.log_offset, u64::from(header.log_length));
     let end = start.checked_add(length).filter(|end| *end <= size);
     let sane = start >= HEADER_SECTION_BYTES && length > 0 && length <= LOG_BYTES_MAX;
@@ -164,11 +195,11 @@ fn log(
         notes.part("log", Certainty::Certain, "clean");
         return Ok((plain(), Some(start..end)));
     }
-    let replayed = match replay(storage, &header, size) {
+    let replayed = match replay(storage, header, size) {
         // The file was cut off; what the log holds is as good as before.
         Err(error) if error.code() == Some(Code::LogFileTruncated) => {
             let longer: Arc<dyn Storage> = Arc::new(Extended::new(storage, size, FILE_BYTES_MAX));
-            replay(&longer, &header, FILE_BYTES_MAX).inspect(|(view, _)| view.set_size(size))
+            replay(&longer, header, FILE_BYTES_MAX).inspect(|(view, _)| view.set_size(size))
         }
         other => other,
     };

@@ -18,6 +18,8 @@ const WINDOW_BYTES: u64 = 64 << 10;
 const SECTOR_ENTRIES: u64 = 64;
 /// Damaged entries that are kept; with more of them nobody places blocks one by one.
 const BROKEN_MAX: usize = 1 << 20;
+/// Blocks from which on distances between them weigh more than what the metadata says.
+const COMMON_MIN: usize = 8;
 /// Entries with data that a stretch must have to be taken for a BAT.
 const PRESENT_MIN: u64 = 2;
 
@@ -239,6 +241,8 @@ pub(super) struct FoundTable {
     /// Entries up to the last one that is used.
     pub(super) entries: u64,
     pub(super) inferred: Inferred,
+    /// Blocks with data.
+    pub(super) present: u64,
 }
 
 /// What a BAT shows of a disk.
@@ -278,7 +282,7 @@ pub(super) fn search(found: &Structures, progress: &dyn Progress) -> Result<Opti
             let better = best.as_ref().is_none_or(|(other, _)| score > *other);
             if distinct && elsewhere && score >= PRESENT_MIN && better {
                 let inferred = shape.inferred(size);
-                let table = FoundTable { start: offset, entries: shape.last + 1, inferred };
+                let table = FoundTable { start: offset, entries: shape.last + 1, inferred, present: score };
                 best = Some((score, table));
                 if score >= 64 {
                     break; // no chance makes so many
@@ -319,7 +323,7 @@ impl Shape {
         let commonest = counts.into_iter().max_by_key(|(gap, count)| (*count, *gap)).map(|(gap, _)| gap);
         let behind_last = self.mibs.last().map(|last| (size / MIB).saturating_sub(*last));
         let close = self.mibs.windows(2).filter(|pair| pair.last().zip(pair.first()).map(|(b, a)| b - a) == least);
-        let is_common = least.is_some() && close.count() * 2 >= self.mibs.len().saturating_sub(1);
+        let is_common = self.mibs.len() >= COMMON_MIN && close.count() * 2 >= self.mibs.len().saturating_sub(1);
         let mib = if self.has_partial { commonest } else { least.or(behind_last) };
         // The largest power of two that is not larger.
         let mib = mib.filter(|mib| *mib > 0).map(|mib| 1 << (63 - mib.leading_zeros()).min(8));
@@ -329,6 +333,11 @@ impl Shape {
             is_common,
         }
     }
+}
+
+/// Blocks with data that a BAT at a known place has.
+pub(super) fn present(view: &View, start: u64) -> Result<u64> {
+    Ok(shape(view, start)?.mibs.len() as u64)
 }
 
 /// What a BAT at a known place shows.
