@@ -12,7 +12,7 @@ mod common;
 
 use common::{MIB, Scratch, dynamic, junk, make_fifo};
 
-const ALL: [&str; 20] = [
+const ALL: [&str; 25] = [
     "info",
     "create",
     "convert",
@@ -28,6 +28,11 @@ const ALL: [&str; 20] = [
     "replay",
     "repair",
     "recover",
+    "resize",
+    "compact",
+    "merge",
+    "reparent",
+    "set",
     "serve",
     "map",
     "measure",
@@ -36,7 +41,7 @@ const ALL: [&str; 20] = [
 ];
 
 /// Every command that only reads an image, with the arguments that make it do so. `@` is the image.
-const READERS: [(&str, &[&str]); 19] = [
+const READERS: [(&str, &[&str]); 22] = [
     ("info", &["info", "@"]),
     ("info --dump", &["info", "--dump", "@"]),
     ("check", &["check", "@"]),
@@ -56,16 +61,26 @@ const READERS: [(&str, &[&str]); 19] = [
     ("convert to vhdx", &["convert", "@", "target.vhdx"]),
     ("create", &["create", "child.vhdx", "--parent", "@"]),
     ("serve", &["serve", "@", "--idle-exit", "1"]),
+    ("resize --dry-run", &["resize", "@", "16M", "--dry-run"]),
+    ("compact --dry-run", &["compact", "@", "--dry-run"]),
+    ("set --dry-run", &["set", "@", "--physical-sector-size", "512", "--dry-run"]),
 ];
 
 /// Every command that changes an image.
-const WRITERS: [(&str, &[&str]); 7] = [
+const WRITERS: [(&str, &[&str]); 14] = [
     ("write", &["write", "@", "--offset", "0"]),
     ("zero", &["zero", "@", "--offset", "0", "--length", "1M"]),
     ("discard", &["discard", "@", "--offset", "0", "--length", "1M"]),
     ("replay", &["replay", "@"]),
     ("apply", &["apply", "good.increment", "@"]),
     ("repair --apply", &["repair", "@", "--apply"]),
+    ("resize", &["resize", "@", "+8M"]),
+    ("resize --minimum", &["resize", "@", "--minimum"]),
+    ("compact", &["compact", "@"]),
+    ("merge", &["merge", "@"]),
+    ("reparent a", &["reparent", "@", "good.vhdx"]),
+    ("reparent b", &["reparent", "good.vhdx", "@"]),
+    ("set", &["set", "@", "--physical-sector-size", "512"]),
     ("serve --write", &["serve", "@", "--write", "--idle-exit", "1"]),
 ];
 
@@ -172,6 +187,15 @@ fn every_option_of_the_contract_is_known() {
     for (command, options) in [
         ("diff", &["--layers", "--exact", "--exit-code", "--all", "--export", "--no-base-checksums"][..]),
         ("chain", &["--recursive"]),
+        (
+            "resize",
+            &["--minimum", "--allow-data-loss", "--move-backup-gpt", "--dry-run", "--break-children", "--child"],
+        ),
+        ("compact", &["--dry-run", "--no-zero-scan", "--no-filesystems", "--break-children", "--child", "--replay"]),
+        ("merge", &["--into", "--delete", "--dry-run", "--child", "--replay"]),
+        ("reparent", &["--ignore-id-mismatch", "--dry-run", "--break-children", "--child", "--replay"]),
+        ("set", &["--disk-id", "--physical-sector-size", "--user-metadata", "--remove-user-metadata", "--dry-run"]),
+        ("info", &["--user-metadata"]),
     ] {
         let help = scratch.run(&[command, "--help"]).out;
         for option in options {
@@ -245,6 +269,26 @@ fn a_wrong_command_line_is_usage() {
         &["apply", "a.increment", "b.vhdx", "--force-share"],
         &["repair", "a.vhdx", "--undo", "record"],
         &["repair", "a.vhdx", "--apply", "--restore", "record"],
+        &["resize", "a.vhdx"],
+        &["resize", "a.vhdx", "5X"],
+        &["resize", "a.vhdx", "--5G"],
+        &["resize", "a.vhdx", "5G", "--minimum"],
+        &["resize", "a.vhdx", "5G", "--force-share"],
+        &["resize", "a.vhdx", "-5G", "--minimum"],
+        &["compact", "a.vhdx", "b.vhdx"],
+        &["compact", "a.vhdx", "--force-share"],
+        &["merge", "a.vhdx", "b.vhdx"],
+        &["merge", "a.vhdx", "--into"],
+        &["merge", "a.vhdx", "--force-share"],
+        &["reparent", "a.vhdx"],
+        &["set", "a.vhdx"],
+        &["set", "a.vhdx", "--dry-run"],
+        &["set", "a.vhdx", "--disk-id", "no"],
+        &["set", "a.vhdx", "--physical-sector-size", "x"],
+        &["set", "a.vhdx", "--user-metadata", "01234567-89ab-cdef-0123-456789abcdef"],
+        &["set", "a.vhdx", "--user-metadata", "01234567-89ab-cdef-0123-456789abcdef="],
+        &["set", "a.vhdx", "--remove-user-metadata", "no"],
+        &["info", "a.vhdx", "--user-metadata", "no"],
         &["serve", "a.vhdx", "--socket", "s", "--listen", "127.0.0.1:0"],
         &["serve", "a.vhdx", "--listen", "0.0.0.0:0"],
         &["serve", "a.vhdx", "--replay"],

@@ -28,6 +28,8 @@ pub(crate) fn cases() -> Vec<Case> {
         cases.push(Case::new(*name, needs(), move || layout(*mib, *cluster, arguments)));
     }
     cases.push(Case::new("NTFS: states that speak against it", needs(), states));
+    let resized = Needs { tools: [needs().tools, vec!["ntfsresize".into(), "ntfsfix".into()]].concat(), ..needs() };
+    cases.push(Case::new("NTFS: made smaller", resized, made_smaller));
     cases.push(Case::new("NTFS: hibernated", needs(), hibernated));
     cases.push(Case::new("NTFS: structures that disagree", needs(), disagreements));
     let root = Needs { tools: [needs().tools, vec!["ntfs-3g".into()]].concat(), ..Needs::default() };
@@ -81,6 +83,21 @@ fn layout(mib: u64, cluster: u64, arguments: &[&str]) {
     // The copy of the boot sector lies behind the last cluster.
     let end = mib * MIB;
     assert_eq!(look(&disk).smallest_safe_size(), Smallest::SafeAt { bytes: end, moves_backup_gpt: false });
+}
+
+/// ntfsresize leaves the copy of the boot sector where the size ends that was asked for, not where the last cluster does.
+fn made_smaller() {
+    for size in [60 * MIB, 60 * MIB + 512, 61_000_192] {
+        let scratch = Scratch::new();
+        let path = make(&scratch, 100, &[]);
+        tool("ntfsresize", &["-ff", "-P", "-s", &size.to_string(), text(&path)]);
+        // It marks the volume, so that Windows looks at it.
+        tool("ntfsfix", &["-d", text(&path)]);
+        let disk = open(&path);
+        assert_eq!(free_of(&disk, &only(&disk)), truth(&path), "{size}");
+        let smallest = look(&disk).smallest_safe_size();
+        assert_eq!(smallest, Smallest::SafeAt { bytes: size, moves_backup_gpt: false });
+    }
 }
 
 /// Where a record of the file table lies, on a volume with clusters of 4 KiB and records of 1 KiB.

@@ -29,6 +29,8 @@ pub(crate) struct Outcome {
     pub before: BTreeSet<Code>,
     /// Codes above note afterwards.
     pub after: BTreeSet<Code>,
+    /// Something was changed.
+    pub changed: bool,
 }
 
 /// What is mended whenever the image can be opened afterwards.
@@ -190,7 +192,11 @@ pub(crate) fn judge(made: &Made) -> Outcome {
         |findings: &[Finding]| findings.iter().map(|finding| (finding.code(), finding.to_string())).collect::<Vec<_>>();
     assert_eq!(codes(&planned.before.findings), codes(&before.findings));
     assert!(planned.after.errors <= before.errors || before.summary.is_none(), "worse: {:?}", planned.after.findings);
-    let outcome = Outcome { before: serious(&before.findings), after: serious(&planned.after.findings) };
+    let outcome = Outcome {
+        before: serious(&before.findings),
+        after: serious(&planned.after.findings),
+        changed: planned.changes_anything(),
+    };
     assert_eq!(planned.mends_everything(), outcome.after.is_empty());
     assert!(planned.left.iter().all(|left| !left.advice.is_empty()));
     if !planned.changes_anything() {

@@ -44,6 +44,8 @@ pub(super) struct Ntfs {
     sectors: u64,
     cluster: u64,
     clusters: u64,
+    /// Where the copy of the boot sector ends, and with it the volume.
+    end: u64,
     /// Bytes of a record of the master file table.
     record_bytes: u64,
     table: Vec<(Option<u64>, u64)>,
@@ -66,10 +68,8 @@ impl Ntfs {
     pub(super) fn open(window: &Window<'_>) -> Checked<Self> {
         let raw: RawBoot = window.read_struct(0)?;
         let mut this = Self::numbers(&raw)?;
-        // The copy of the boot sector lies behind the last cluster.
-        require(this.bytes() <= window.length(), "it is larger than what it lies in")?;
-        let copy: RawBoot = window.read_struct(this.sectors * this.sector)?; // below the size
-        require(raw.numbers() == copy.numbers(), "its boot sector and the copy behind its end disagree")?;
+        require(this.end <= window.length(), "it is larger than what it lies in")?;
+        this.find_copy(window, &raw)?;
         let first = window.read(this.place(raw.table_cluster.get())?, this.record_bytes)?;
         let record = Record::new(first)?;
         let Some(data) = record.find(kind::DATA, "")? else { return reason("its file table has no data") };
@@ -108,22 +108,40 @@ impl Ntfs {
         let fits = record_bytes.is_power_of_two() && (1024..=4096).contains(&record_bytes);
         require(fits, "the size of its file records is not one")?;
         let bitmap = Bitmap::Here(Vec::new());
+        let end = (sectors + 1) * sector; // at most 2^48 sectors of 4096 bytes
+        let table = Vec::new();
         Ok(Self {
             sector,
             sectors,
             cluster,
             clusters,
+            end,
             record_bytes,
-            table: Vec::new(),
+            table,
             table_bytes: 0,
             bitmap,
             taken: Vec::new(),
         })
     }
 
+    /// Finds the copy of the boot sector. It lies behind the last sector; but volumes that ntfsresize made end with a whole
+    /// cluster, and have it in the last sector of the size that was asked for, which is less than a cluster further on.
+    fn find_copy(&mut self, window: &Window<'_>, raw: &RawBoot) -> Checked<()> {
+        let first = self.sectors * self.sector; // below the end
+        let places = (0..self.cluster / self.sector).map(|sector| first + sector * self.sector);
+        for place in places.take_while(|place| place + self.sector <= window.length()) {
+            let copy: RawBoot = window.read_struct(place)?;
+            if raw.numbers() == copy.numbers() {
+                self.end = place + self.sector;
+                return Ok(());
+            }
+        }
+        reason("its boot sector and the copy behind its end disagree")
+    }
+
     /// Bytes of the volume: its sectors, and the copy of the boot sector behind them.
     pub(super) const fn bytes(&self) -> u64 {
-        (self.sectors + 1) * self.sector // at most 2^48 sectors of 4096 bytes
+        self.end
     }
 
     /// Bytes of a cluster.
