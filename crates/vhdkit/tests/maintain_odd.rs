@@ -275,7 +275,7 @@ fn merging_fails_anywhere() {
         .block(2, BlockSpec::new(2))
         .build();
     for into in [1, 2] {
-        fails_anywhere(&format!("merge into {into}"), &child, 11, &move |files, progress| {
+        fails_anywhere(&format!("merge into {into}"), &child, 61, &move |files, progress| {
             merge(files.open(false)?, &MergeOptions { into, replay: true, ..MergeOptions::default() }, progress)
                 .map(drop)
         });

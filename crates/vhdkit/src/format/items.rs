@@ -20,6 +20,9 @@ use crate::units::round_up;
 const PAGE: u64 = 4096;
 /// Longest item that is changed in place: it touches two pages at most.
 const IN_PLACE_MAX: u64 = 4096;
+/// Pages of items that are changed in place: with the table and both region tables they fit into one entry of the shortest
+/// log, which holds 126.
+const IN_PLACE_PAGES_MAX: usize = 64;
 
 /// What becomes of an item.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,7 +87,8 @@ pub fn rewrite(length: u64, changes: &[ItemChange], read: &mut ReadRegion<'_>) -
         };
         check_length(bytes)?;
         if let Some(entry) = found.and_then(|index| list.get_mut(index)) {
-            if entry.length.get() as usize == bytes.len() && bytes.len() as u64 <= IN_PLACE_MAX {
+            let fits = entry.length.get() as usize == bytes.len() && bytes.len() as u64 <= IN_PLACE_MAX;
+            if fits && rewrite.pages.len() + 2 <= IN_PLACE_PAGES_MAX {
                 let offset = u64::from(entry.offset.get());
                 patch(&mut rewrite.pages, offset, bytes, read)?;
                 continue;
@@ -350,6 +354,22 @@ mod tests {
         assert_eq!((item(&new, b), item(&new, c)), (vec![2; 7000], vec![3; 8000]));
         let new = changed(&old, &[set(a, true, &[4; 9001]), set(b, true, &[5; 7001])]).unwrap();
         assert_eq!((item(&new, a), item(&new, b)), (vec![4; 9001], vec![5; 7001]));
+    }
+
+    /// An entry of the log holds what changes at once, however many items that are.
+    #[test]
+    fn many_items_change_at_once() {
+        let mut bytes = region();
+        bytes.resize(8 * MIB, 0);
+        let all = |value: u8| -> Vec<ItemChange> {
+            (0..300_u128).map(|number| set(Guid::from_printed(number + 1), true, &[value; 100])).collect()
+        };
+        let old = changed(&bytes, &all(1)).unwrap();
+        let rewrite = rewrite(8 * MIB as u64, &all(2), &mut |range| Ok(slice(&old, &range))).unwrap().unwrap();
+        assert!(rewrite.pages.len() <= 126 - 32, "{} pages", rewrite.pages.len());
+        let new = changed(&old, &all(2)).unwrap();
+        assert_eq!(item(&new, Guid::from_printed(1)), vec![2; 100]);
+        assert_eq!(item(&new, Guid::from_printed(300)), vec![2; 100]);
     }
 
     /// The same GUID names an item of the format and one of a user.
