@@ -27,6 +27,9 @@ pub(crate) struct RepairArgs {
     /// Do what the plan says
     #[arg(long)]
     pub(crate) apply: bool,
+    /// Print the plan and change nothing, as without --apply
+    #[arg(long, conflicts_with_all = ["apply", "restore"])]
+    pub(crate) dry_run: bool,
     /// Where the undo record goes, instead of IMAGE.undo; a file that is there is never replaced
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "apply")]
     pub(crate) undo: Option<PathBuf>,
@@ -47,6 +50,7 @@ pub(crate) struct RepairArgs {
 /// data was guessed or is lost.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
+  vhdkit recover broken.vhdx rescued.vhdx --dry-run
   vhdkit recover broken.vhdx rescued.vhdx
   vhdkit recover broken.avhdx rescued.vhdx --parent base.vhdx
   vhdkit recover broken.vhdx rescued.vhdx --block-size 32M --size 127G")]
@@ -66,6 +70,9 @@ pub(crate) struct RecoverArgs {
     /// Bytes of a logical sector, when it is known: 512 or 4096
     #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
     pub(crate) sector_size: Option<u64>,
+    /// Say what would be found, and make nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     /// Do not wait until the target is on the medium
     #[arg(long)]
     pub(crate) no_sync: bool,

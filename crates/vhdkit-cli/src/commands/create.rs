@@ -5,6 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Value, json};
 use vhdkit::image::{Image, Layer, OpenOptions};
+use vhdkit::ops::chain::directory_of;
 use vhdkit::ops::create::{CreateOptions, NewParent, create};
 use vhdkit::storage::StorageIdentity;
 use vhdkit::{Error, ErrorKind};
@@ -110,8 +111,8 @@ fn top(image: &Image) -> Result<&Layer, Failure> {
 pub(crate) fn relative_windows_path(child: &Path, parent: &Path) -> Result<String, Failure> {
     let canonical =
         |path: &Path| path.canonicalize().map_err(|error| file_error(path, "cannot find out where this is", error));
-    let directory = child.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let path = join_relative(&canonical(directory)?, &canonical(parent)?);
+    // Where a link leads: that is where the parent is looked for.
+    let path = join_relative(&canonical(&directory_of(child))?, &canonical(parent)?);
     path.ok_or_else(|| {
         let what =
             "the way to the parent cannot be written into the child: a name in it has a backslash or is not UTF-8";

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use vhdkit::image::{BlockDevice, Image};
 use vhdkit::ops::recover::{Certainty, RecoverOptions, RecoverReport, recover};
-use vhdkit::storage::{FileAccess, FileStorage, Storage, StorageIdentity};
+use vhdkit::storage::{FileAccess, FileStorage, MemoryStorage, Storage, StorageIdentity};
 use vhdkit::text::escape;
 use vhdkit::{Error, ErrorKind};
 
@@ -40,7 +40,17 @@ pub(crate) fn run(context: &Context, args: &RecoverArgs) -> Result<Answer, Failu
         disk_size: args.size,
         logical_sector_size: args.sector_size.map(|size| small(size, "--sector-size")).transpose()?,
         parent: parent.as_ref().map(|parent| parent as &dyn BlockDevice),
+        dry_run: args.dry_run,
     };
+    if args.dry_run {
+        let bar = Bar::new("looking", &context.ui, &context.interrupt);
+        let nowhere: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let report = recover(&storage, Some(&args.image), &nowhere, &options, &bar);
+        drop(bar);
+        let report = report.map_err(|error| error.with_path(&args.image))?;
+        print(context, args, &report)?;
+        return Ok(if report.is_certain() { Answer::Yes } else { Answer::No });
+    }
     let sources: Vec<StorageIdentity> = storage.identity().into_iter().chain(identities(parent.as_ref())).collect();
     let target = Target::open(context, &args.target, sources)?;
     let bar = Bar::new("recovering", &context.ui, &context.interrupt);
@@ -97,6 +107,7 @@ fn to_json(args: &RecoverArgs, report: &RecoverReport) -> Value {
     json!({
         "file": show::path(&args.image),
         "target": show::path(&args.target),
+        "dry_run": args.dry_run,
         "certain": report.is_certain(),
         "parts": parts.collect::<Vec<_>>(),
         "disk_size": report.disk_size,

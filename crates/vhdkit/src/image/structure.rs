@@ -4,6 +4,7 @@
 //! through the commit that writes use, so that a crash leaves the state before a step or the one after it, and freed space
 //! is given out only when nothing durable names it any more.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -232,11 +233,11 @@ impl Edit<'_> {
     pub(crate) fn apply(&self, transaction: Transaction) -> Result<()> {
         let layer = self.layer();
         let mut keys: Vec<PageKey> = transaction.pages.iter().map(|(offset, _)| PageKey::Raw(*offset)).collect();
+        let mut seen = BTreeSet::new();
         for (index, _) in &transaction.entries {
             layer.bat().pin(*index, layer.rules(), layer.view())?;
-            let key = PageKey::Bat(page_of(*index));
-            if !keys.contains(&key) {
-                keys.push(key);
+            if seen.insert(page_of(*index)) {
+                keys.push(PageKey::Bat(page_of(*index)));
             }
         }
         if keys.len() > self.capacity() {

@@ -58,6 +58,8 @@ pub struct RecoverOptions<'a> {
     pub logical_sector_size: Option<u32>,
     /// The parent of a differencing disk. Without it what only the parent has reads as zeros.
     pub parent: Option<&'a dyn BlockDevice>,
+    /// Only find out what there is: the target stays as it is, and the report's file size is 0.
+    pub dry_run: bool,
 }
 
 /// What was found of an image, before anything is written.
@@ -214,7 +216,11 @@ fn write(
         ..CreateOptions::default()
     };
     let destination = Destination::Vhdx { storage: target, layout: &layout, spill: None };
-    let converted = convert(Source::Disk(&disk), destination, &ConvertOptions::default(), progress)?;
+    let file_size = if options.dry_run {
+        0
+    } else {
+        convert(Source::Disk(&disk), destination, &ConvertOptions::default(), progress)?.file_size
+    };
     Ok(RecoverReport {
         parts: notes.parts,
         disk_size: geometry.disk_size(),
@@ -228,7 +234,7 @@ fn write(
         lost: named,
         without_parent,
         recognised: placing.recognised.into_iter().collect(),
-        file_size: converted.file_size,
+        file_size,
     })
 }
 
