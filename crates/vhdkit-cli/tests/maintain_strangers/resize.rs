@@ -21,6 +21,8 @@ pub(crate) fn cases() -> Vec<Case> {
         cases.push(Case::new(format!("resize: larger, {name}"), ext(), move || larger(layout)));
         cases.push(Case::new(format!("resize: minimum, {name}"), ext(), move || minimum(layout)));
     }
+    let needs = Needs::tools(&["mke2fs", "e2fsck"]);
+    cases.push(Case::new("resize: minimum within a large sector", needs, minimum_within_a_sector));
     cases.push(Case::new("resize: minimum of a child", ext(), minimum_of_a_child));
     let ntfs = NTFS.needs(&["qemu-img", "ntfsresize"]);
     cases.push(Case::new("resize: NTFS becomes smaller and larger", ntfs, ntfs_both_ways));
@@ -107,6 +109,21 @@ fn minimum(layout: &[&str]) {
     let disk = now(&scratch, &image, least);
     EXT4.check(&disk);
     EXT4.same_files(&scratch, &before, &disk);
+}
+
+/// A file system that was made in a file may end within a sector of the disk.
+fn minimum_within_a_sector() {
+    let scratch = Scratch::new();
+    let disk = scratch.join("disk.raw");
+    File::create(&disk).unwrap().set_len(20 * MIB).unwrap();
+    tool("mke2fs", &["-q", "-F", "-t", "ext2", "-b", "1024", text(&disk), "10241"]);
+    let image = image_of(&scratch, &disk, &["--logical-sector-size", "4096"]);
+    scratch.run(&["resize", "-q", text(&image), "--minimum"]).expect(0).silent();
+    // QEMU reads no disks with such sectors.
+    scratch.run(&["check", "--strict", text(&image)]).expect(0);
+    let disk = raw(&scratch, &image);
+    assert_eq!(disk.metadata().unwrap().len(), 10244 << 10);
+    EXT4.check(&disk);
 }
 
 fn minimum_of_a_child() {
