@@ -19,7 +19,6 @@ use super::{Image, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat::{BITMAP_PRESENT, BatEntry, PayloadState};
 use crate::format::geometry::{BITMAP_BLOCK_BYTES, BatSlot};
-use crate::format::guid::Guid;
 use crate::format::log::SECTOR;
 use crate::format::region::{self, Region};
 use crate::storage::Storage;
