@@ -84,7 +84,11 @@ fn options(context: &Context, args: &ResizeArgs, image: &Image) -> Result<Resize
 fn minimum(context: &Context, args: &ResizeArgs, image: &Image) -> Result<u64, Failure> {
     let bar = Bar::new("looking", &context.ui, &context.interrupt);
     match smallest_size(image, &bar).map_err(|error| error.with_path(&args.image))? {
-        Smallest::SafeAt { bytes, .. } => Ok(bytes.max(u64::from(image.logical_sector_size())).min(image.size())),
+        // A file system knows nothing of the disk's sectors, when it was made in a file.
+        Smallest::SafeAt { bytes, .. } => {
+            let sector = u64::from(image.logical_sector_size());
+            Ok(bytes.max(1).checked_next_multiple_of(sector).map_or(image.size(), |bytes| bytes.min(image.size())))
+        }
         Smallest::Unknown { reason } => {
             let what = format!("how small the disk may be is not known, as {reason}");
             let error = Error::new(ErrorKind::Refused, what).with_path(&args.image);

@@ -97,7 +97,7 @@ pub struct RepairPlan {
 }
 
 impl RepairPlan {
-    /// True when there is something to do, and [`apply`] does it.
+    /// True when there is something to do, and [`apply()`] does it.
     #[must_use]
     pub fn changes_anything(&self) -> bool {
         !self.headers.is_empty()
