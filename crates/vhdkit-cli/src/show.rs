@@ -1,10 +1,18 @@
 //! Names of files, made safe to print.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use vhdkit::text::escape;
+
+/// A word for a shell.
+pub(crate) fn quoted(word: &OsStr) -> String {
+    let shown = path(Path::new(word));
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:@%,".contains(c);
+    if !shown.is_empty() && shown.chars().all(is_plain) { shown } else { format!("'{}'", shown.replace('\'', "'\\''")) }
+}
 
 /// A path as people read it: control characters and the like as `\u{...}`, bytes that are not UTF-8 as `\x..`.
 pub(crate) fn path(path: &Path) -> String {
@@ -26,7 +34,6 @@ pub(crate) fn file_name(whole: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::ffi::OsStr;
 
     #[test]
     fn nothing_in_a_name_reaches_the_terminal_as_it_is() {

@@ -164,7 +164,7 @@ fn new_size(rng: &mut Rng, old: u64, sector: u64, fixed: bool) -> u64 {
 }
 
 fn programs() -> u64 {
-    if cfg!(debug_assertions) { 45 } else { 400 }
+    if cfg!(debug_assertions) { 45 } else { 100 }
 }
 
 #[test]

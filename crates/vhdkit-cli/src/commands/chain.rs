@@ -155,15 +155,8 @@ fn remedy_text(remedy: &Remedy) -> String {
     if remedy.arguments.is_empty() {
         return remedy.what.clone();
     }
-    let words: Vec<String> = remedy.arguments.iter().map(|word| quoted(word)).collect();
+    let words: Vec<String> = remedy.arguments.iter().map(|word| show::quoted(word)).collect();
     format!("`vhdkit {}` {}", words.join(" "), remedy.what)
-}
-
-/// A word for a shell.
-fn quoted(word: &OsStr) -> String {
-    let shown = show::path(Path::new(word));
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:@%,".contains(c);
-    if !shown.is_empty() && shown.chars().all(is_plain) { shown } else { format!("'{}'", shown.replace('\'', "'\\''")) }
 }
 
 fn write_others(out: &mut dyn Write, report: &ChainReport) -> io::Result<()> {

@@ -76,6 +76,13 @@ pub(crate) fn run(context: &Context, args: &DiffArgs) -> Result<Answer, Failure>
 
 fn check_export(context: &Context, args: &DiffArgs) -> Result<(), Failure> {
     let Some(target) = &args.export else { return Ok(()) };
+    if context.global.force_share {
+        return Err(Failure::usage(
+            "an image that is being written keeps its identity while its contents change: an increment of it would not \
+             tell which state of it is meant",
+            "leave --force-share out, and close the program that uses the image",
+        ));
+    }
     if is_standard_stream(target) && context.ui.json {
         return Err(Failure::usage(
             "--json and --export - both want standard output",

@@ -40,6 +40,10 @@ pub(crate) fn run(context: &Context, args: &RecoverArgs) -> Result<Answer, Failu
         disk_size: args.size,
         logical_sector_size: args.sector_size.map(|size| small(size, "--sector-size")).transpose()?,
         parent: parent.as_ref().map(|parent| parent as &dyn BlockDevice),
+        parent_guid: parent
+            .as_ref()
+            .and_then(|parent| parent.layers().first())
+            .map(|layer| layer.headers().current.data_write_guid),
         dry_run: args.dry_run,
     };
     if args.dry_run {

@@ -253,9 +253,9 @@ impl Report<'_> {
         let counts = format!("{before} before, {after} {}", if self.record.is_some() { "now" } else { "afterwards" });
         match (self.record, plan.changes_anything()) {
             (Some(record), _) => {
-                let record = show::path(record);
+                let (image, record) = (show::quoted(self.path.as_os_str()), show::quoted(record.as_os_str()));
                 writeln!(out, "{file}: {GOOD}mended{GOOD:#}, errors and warnings: {counts}")?;
-                writeln!(out, "to undo: vhdkit repair {file} --restore {record}")
+                writeln!(out, "to undo: vhdkit repair {image} --restore {record}")
             }
             (None, true) => writeln!(
                 out,

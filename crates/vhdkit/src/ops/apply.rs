@@ -204,6 +204,10 @@ fn judge_image(
 ) -> Result<Basis> {
     let found = data_write_guid(image).filter(|guid| !guid.is_nil());
     if found.is_some() && found == header.base.data_write_guid {
+        // The identity stays the same in a whole session of writing: a copy from the middle of one has it, too.
+        if !options.unknown_base {
+            judge_contents(file, ApplyTarget::Image(image), options, progress)?;
+        }
         return Ok(Basis::Identity);
     }
     if found == Some(header.id) {

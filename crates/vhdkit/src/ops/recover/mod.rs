@@ -58,6 +58,8 @@ pub struct RecoverOptions<'a> {
     pub logical_sector_size: Option<u32>,
     /// The parent of a differencing disk. Without it what only the parent has reads as zeros.
     pub parent: Option<&'a dyn BlockDevice>,
+    /// The data write GUID of that parent, by which it is known whether it is the one that the image was made from.
+    pub parent_guid: Option<Guid>,
     /// Only find out what there is: the target stays as it is, and the report's file size is 0.
     pub dry_run: bool,
 }
@@ -125,6 +127,11 @@ pub fn find(
         Some(bat) => table::read(&structures.view, bat.start, &geometry, &is_taken)?,
         None => Table::default(),
     };
+    let needed = geometry.bat_entries().saturating_mul(crate::format::geometry::BAT_ENTRY_BYTES);
+    if structures.bat_start.is_some_and(|start| start.saturating_add(needed) > size) {
+        notes.part("BAT", Certainty::Lost, "the file ends before it does: what its entries were for cannot be known");
+    }
+    describe_parent(&mut notes, &structures, options, geometry.is_differencing());
     let has_table = !table.placed.is_empty() || used > 0;
     let placing = placing::place(&structures.view, &geometry, &table, &taken, has_table, progress)?;
     describe_table(&mut notes, &structures, &table, &placing, has_table, searched.is_some());
@@ -401,6 +408,29 @@ fn size_by_contents(found: &Structures, bat_start: Option<u64>) -> Result<Option
     Ok(gpt.or(whole).or(partitioned))
 }
 
+/// Says what is known about a parent, and whether the one that was given is the right one.
+fn describe_parent(notes: &mut Notes, found: &Structures, options: &RecoverOptions<'_>, is_differencing: bool) {
+    let parameters = &found.parameters;
+    if parameters.has_parent.is_none() {
+        let what = if is_differencing { "that there is one" } else { "that there is none" };
+        notes.part("parent", Certainty::Guessed, format!("{what} is not known from the metadata"));
+    }
+    if !is_differencing || options.parent.is_none() {
+        return;
+    }
+    match (&parameters.locator, options.parent_guid) {
+        (Some(locator), Some(guid)) if locator.accepts(guid) => {
+            notes.part("parent", Certainty::Certain, "the one that the image was made from");
+        }
+        (Some(_), Some(guid)) => {
+            let what =
+                format!("the one that was given has the data write GUID {guid}, and is not what the image names");
+            notes.part("parent", Certainty::Guessed, what);
+        }
+        _ => notes.part("parent", Certainty::Guessed, "whether it is the right one cannot be known"),
+    }
+}
+
 /// Says what became of the BAT.
 fn describe_table(
     notes: &mut Notes,
@@ -410,6 +440,9 @@ fn describe_table(
     has_table: bool,
     searched: bool,
 ) {
+    if notes.parts.iter().any(|part| part.name == "BAT" && part.certainty == Certainty::Lost) {
+        return; // said already
+    }
     if found.bat.is_none() || !has_table {
         if placing.placed.is_empty() && placing.bytes_unplaced == 0 {
             notes.part("BAT", Certainty::Certain, "no block has data");

@@ -69,7 +69,7 @@ impl RecoverReport {
     /// True when nothing of the disk's data is guessed or lost.
     #[must_use]
     pub fn is_certain(&self) -> bool {
-        let data = ["log", "block size", "disk size", "sector size", "BAT"];
+        let data = ["log", "block size", "disk size", "sector size", "BAT", "parent"];
         let parts = self.parts.iter().filter(|part| data.contains(&part.name));
         let doubtful = parts.filter(|part| part.certainty != Certainty::Certain).count();
         let blocks = self.blocks_guessed == 0 && self.blocks_lost == 0;

@@ -56,6 +56,8 @@ pub(super) struct Structures {
     pub(super) log: Option<Range<u64>>,
     /// Where the BAT is, where a region table says so.
     pub(super) bat: Option<Range<u64>>,
+    /// Where a region table has it, in the file or behind its end.
+    pub(super) bat_start: Option<u64>,
     /// Where the metadata region is.
     pub(super) metadata: Option<Range<u64>>,
     /// Other regions.
@@ -140,6 +142,7 @@ fn find_in(view: View, log: Option<Range<u64>>, notes: &mut Notes, progress: &dy
     let others = regions.iter().filter(|(guid, _)| *guid != BAT_GUID && *guid != METADATA_GUID);
     Ok(Structures {
         bat: known(BAT_GUID).filter(in_file),
+        bat_start: known(BAT_GUID).map(|range| range.start),
         regions: others.map(|(_, range)| range.clone()).filter(in_file).collect(),
         parameters: parameters.unwrap_or_default(),
         view,

@@ -83,13 +83,13 @@ impl Planner {
             let bat_offset = layer.rules().bat_offset.0;
             let mut broken = Broken { bat_offset, by_index: BTreeMap::new(), overflown: false };
             let block_size = layer.geometry().block_size();
-            let (_, all) = scan_marks(&layer, &mut broken, &mut |done, total| {
+            scan_marks(&layer, &mut broken, &mut |done, total| {
                 advance(progress, done * block_size, Some(total * block_size)) // blocks of a disk
             })?;
             if broken.overflown {
                 return Ok(Step::Stop);
             }
-            if broken.by_index.is_empty() || !self.mend_entries(&layer, broken.by_index, &all)? {
+            if broken.by_index.is_empty() || !self.mend_entries(&layer, broken.by_index)? {
                 break;
             }
         }
@@ -97,7 +97,7 @@ impl Planner {
     }
 
     /// Decides about each entry. False when nothing was changed.
-    fn mend_entries(&mut self, layer: &Layer, broken: BTreeMap<u64, Vec<Finding>>, all: &Marks) -> Result<bool> {
+    fn mend_entries(&mut self, layer: &Layer, broken: BTreeMap<u64, Vec<Finding>>) -> Result<bool> {
         let rules = layer.rules();
         let mut good = good_marks(layer, &broken)?;
         // An entry in which nothing else is wrong is trusted before one that is damaged.
@@ -105,6 +105,7 @@ impl Planner {
             findings.iter().all(|finding| finding.code() == Code::BatOverlap || finding.code() == Code::BitmapMissing)
         });
         let mut may_be_found = None;
+        let mut cut_seen = false;
         let mut copied = 0;
         let mut changed = false;
         let mut cursor = LayerCursor::new(layer);
@@ -119,8 +120,8 @@ impl Planner {
                     planner: self,
                     layer,
                     good: &mut good,
-                    all,
                     may_be_found: &mut may_be_found,
+                    cut_seen: &mut cut_seen,
                     copied: &mut copied,
                 };
                 let decision = context.decide(index, entry, &finding)?;
@@ -220,10 +221,10 @@ struct Context<'a> {
     layer: &'a Layer,
     /// What is claimed by entries that are trusted.
     good: &'a mut Marks,
-    /// What is claimed by anybody.
-    all: &'a Marks,
-    /// Whether there is space that nobody owns and that may hold a block's data; looked for once.
+    /// Whether there is space that no trusted entry owns and that may hold a block's data; looked for once.
     may_be_found: &'a mut Option<bool>,
+    /// A block that reaches over the end of the file was judged already; there is one at most.
+    cut_seen: &'a mut bool,
     /// Bytes of copies so far.
     copied: &'a mut u64,
 }
@@ -266,6 +267,8 @@ impl Context<'_> {
                 }
                 _ => self.give_up(slot)?,
             },
+            // One bit makes a state 7 a state 5: with data at its place the state may be what is damaged.
+            Code::BatStateOldUnmapped if self.holds_data(offset.0)? => Decision::Leave,
             Code::BatStateOldUnmapped => {
                 let keeps = claimed.is_some_and(|range| self.is_free(&range));
                 let anchor = if keeps { offset } else { FileOffset(0) };
@@ -276,6 +279,7 @@ impl Context<'_> {
             }
             Code::BatAnchor => set(BatEntry::new(state, FileOffset(0)), "the block keeps no space; it holds no data"),
             Code::BatUnusedOffset => self.unused_offset(bare)?,
+            Code::BatPartialWithoutParent if self.planner.parent_doubtful => Decision::Leave,
             Code::BatPartialWithoutParent | Code::BatState if !self.rules().geometry.is_differencing() => {
                 let range = offset.0..offset.0.saturating_add(self.rules().geometry.block_size());
                 if offset.0 != 0 && self.is_free(&range) {
@@ -298,13 +302,17 @@ impl Context<'_> {
 
     /// A state without data, but with an offset. If there may be data, the state may be what is damaged.
     fn unused_offset(&self, entry: BatEntry) -> Result<Decision> {
-        let offset = entry.file_offset().0;
-        let range = offset..offset.saturating_add(self.rules().geometry.block_size());
-        if self.is_free(&range) && !self.planner.is_zero(range)? {
+        if self.holds_data(entry.file_offset().0)? {
             return Ok(Decision::Leave);
         }
         let entry = BatEntry::new(entry.state_number(), FileOffset(0));
         Ok(Decision::Set { entry, what: "the offset, which means nothing, becomes zero".to_owned(), lost: None })
+    }
+
+    /// True when a block could lie at a place, and there is data that no trusted entry claims.
+    fn holds_data(&self, offset: u64) -> Result<bool> {
+        let range = offset..offset.saturating_add(self.rules().geometry.block_size());
+        Ok(self.is_free(&range) && !self.planner.is_zero(range)?)
     }
 
     /// A block behind the end of the file: it was cut off, or its entry is damaged.
@@ -316,12 +324,21 @@ impl Context<'_> {
         let bitmaps = geometry.chunks().saturating_mul(BITMAP_BLOCK_BYTES);
         let longest = rules.taken_end.saturating_add(blocks).saturating_add(bitmaps).saturating_add(64 * MIB);
         let size = rules.file_size.get();
+        let place = rules.place_text(slot);
         match claimed {
             Some(range) if range.end <= longest.max(size) && self.is_unclaimed(&range) => {
+                // As long as data is left over elsewhere, its place may be what is damaged, and not the file cut off.
+                let elsewhere = if range.start >= size {
+                    self.may_be_found()?
+                } else {
+                    std::mem::replace(self.cut_seen, true) || self.data_left(&range)?
+                };
+                if elsewhere {
+                    return Ok(Decision::Leave);
+                }
                 let cut = range.end - range.start.max(size).min(range.end);
-                let what = rules.place_text(slot);
                 Ok(Decision::Extend {
-                    lost: Some(format!("the last {cut:#x} bytes of {what} were cut off, and read as zeros")),
+                    lost: Some(format!("the last {cut:#x} bytes of {place} were cut off, and read as zeros")),
                 })
             }
             _ => self.give_up(slot),
@@ -339,6 +356,10 @@ impl Context<'_> {
         }
         if self.is_free(&range) {
             return Ok(Decision::Fine);
+        }
+        // One of the two may belong to data that is left over; a copy would hide that from `recover`.
+        if self.may_be_found()? {
+            return Ok(Decision::Leave);
         }
         let length = range.end - range.start;
         // Nobody means to double a file.
@@ -362,23 +383,30 @@ impl Context<'_> {
         })
     }
 
-    /// Whether there is a stretch of the size of a block that nobody owns and that holds data.
+    /// Whether there is data that no trusted entry owns. What damaged entries claim does not count as owned: the claim of
+    /// the very entry that is judged may lie over the block that it lost.
     fn may_be_found(&mut self) -> Result<bool> {
         if let Some(known) = *self.may_be_found {
             return Ok(known);
         }
-        let size = self.rules().file_size.get();
-        let block = self.rules().geometry.block_size() / MIB;
-        let (mut position, end) = (1, size / MIB);
-        let mut zero_until = 0;
-        let mut found = false;
-        while !found && let Some(start) = self.all.find_free(position, end, block) {
-            found = !self.planner.is_zero(start.max(zero_until) * MIB..(start + block) * MIB)?; // inside the file
-            zero_until = start + block;
-            position = start + 1;
-        }
+        let found = self.data_left(&(0..0))?;
         *self.may_be_found = Some(found);
         Ok(found)
+    }
+
+    /// Whether a whole MiB of the file, but for a range, holds data that no trusted entry owns.
+    fn data_left(&self, except: &Range<u64>) -> Result<bool> {
+        let end = self.rules().file_size.get() / MIB;
+        let mut position = 1;
+        while let Some(start) = self.good.find_free(position, end, 1) {
+            let range = start * MIB..(start + 1) * MIB; // inside the file
+            let is_own = except.start < range.end && range.start < except.end;
+            if !is_own && !self.planner.is_zero(range)? {
+                return Ok(true);
+            }
+            position = start + 1;
+        }
+        Ok(false)
     }
 
     /// True when a block of a chunk is partially present.
@@ -402,6 +430,7 @@ impl Context<'_> {
         let offset = bare.file_offset();
         let range = offset.0..offset.0.saturating_add(BITMAP_BLOCK_BYTES);
         Ok(match code {
+            Code::BitmapUnexpected if self.planner.parent_doubtful => Decision::Leave,
             Code::BitmapUnexpected => set(BatEntry(0), "the entry becomes zero: a disk without parent has no bitmap"),
             Code::BatOverlap if self.rules().taken.overlap(&range).is_none() => {
                 self.overlap(slot, self.rules().owned_range(slot, bare))?

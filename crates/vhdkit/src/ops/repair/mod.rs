@@ -237,6 +237,8 @@ struct Planner {
     needs_log: bool,
     /// What the guest sees is not what it was.
     visible: bool,
+    /// The metadata says that there is no parent, and has the locator of one: which is right cannot be known.
+    parent_doubtful: bool,
 }
 
 /// Whether there is something to go on with.
@@ -256,6 +258,7 @@ impl Planner {
             header: None,
             needs_log: false,
             visible: false,
+            parent_doubtful: false,
         })
     }
 

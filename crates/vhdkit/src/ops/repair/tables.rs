@@ -176,6 +176,7 @@ impl Planner {
                     self.act(finding, "the flags become those that the format gives the item", None);
                 }
                 Code::FileParametersReserved => self.file_parameters(offset, finding)?,
+                Code::ParentLocatorUnexpected => self.parent_doubtful = true,
                 _ => {}
             }
         }
