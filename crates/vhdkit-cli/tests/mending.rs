@@ -164,7 +164,12 @@ fn sizes_that_are_known_may_be_given() {
     dynamic().patch(layout.metadata, &zeros).build().write_to(&scratch.join("a.vhdx")).unwrap();
     let arguments =
         ["recover", "a.vhdx", "b.vhdx", "--size", "8M", "--block-size", "1M", "--sector-size", "512", "--json"];
-    let report = scratch.run(&arguments).expect(0).silent().json();
+    let names = scratch.names();
+    scratch.run(&[&arguments[..], &["--dry-run"]].concat()).expect(1).silent();
+    assert_eq!(scratch.names(), names, "a dry run makes nothing");
+    // Whether there was a parent stood in the metadata.
+    let report = scratch.run(&arguments).expect(1).silent().json();
+    assert_eq!(report["certain"], false);
     assert_eq!((&report["disk_size"], &report["block_size"]), (&(8 * MIB).into(), &MIB.into()));
     assert!(scratch.run(&["read", "b.vhdx"]).expect(0).stdout == disk_bytes(&dynamic().build()));
     scratch.run(&["recover", "a.vhdx", "c.vhdx", "--block-size", "3M"]).expect(2);
