@@ -1,6 +1,5 @@
 //! `chain`: who is whose parent, and what is wrong with that.
 
-use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
