@@ -41,7 +41,7 @@ fn an_entry_that_points_into_a_region_may_have_lost_its_block() {
     let builder = ImageBuilder::new(96 * MIB, 32 << 20).block(0, sparse(1)).block(1, sparse(2)).block(2, sparse(3));
     assert!(planned(&builder.build()).mends_everything());
     for place in [2, 3] {
-        left_alone(&with_entry(&builder, 0, |entry| entry & 0xf | place * MIB));
+        left_alone(&with_entry(&builder, 0, |entry| entry & 0xf | (place * MIB)));
     }
 }
 
@@ -49,7 +49,7 @@ fn an_entry_that_points_into_a_region_may_have_lost_its_block() {
 fn an_entry_outside_of_the_file_is_not_taken_for_a_cut_file() {
     let builder = ImageBuilder::new(16 * MIB, 1 << 20).block(0, sparse(1)).block(1, sparse(2)).block(5, sparse(3));
     for bit in 23..28 {
-        left_alone(&with_entry(&builder, 0, |entry| entry ^ 1 << bit));
+        left_alone(&with_entry(&builder, 0, |entry| entry ^ (1 << bit)));
     }
 }
 
@@ -59,12 +59,12 @@ fn a_state_of_old_writers_may_be_one_bit_off() {
     let mask = SectorMask::new(|sector| sector % 3 == 0);
     let partial = BlockSpec::partial(Content::Sparse { seed: 4, stride: 3 }, mask);
     let builder = ImageBuilder::new(16 * MIB, 1 << 20).differencing(&Arc::new(parent)).block(6, partial);
-    left_alone(&with_entry(&builder, 6, |entry| entry & !0xf | 5));
+    left_alone(&with_entry(&builder, 6, |entry| (entry & !0xf) | 5));
 }
 
 #[test]
 fn two_blocks_at_one_place_may_have_left_a_third() {
     let builder = ImageBuilder::new(16 * MIB, 1 << 20).block(0, sparse(1)).block(1, sparse(2)).block(2, sparse(3));
     let other = builder.build().layout.payload_block(1);
-    left_alone(&with_entry(&builder, 0, |entry| entry & 0xf | other));
+    left_alone(&with_entry(&builder, 0, |entry| (entry & 0xf) | other));
 }
