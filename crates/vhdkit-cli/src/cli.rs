@@ -93,7 +93,10 @@ fn finish(result: Result<Answer, Failure>, ui: &Ui, interrupt: &Interrupt) -> Ex
     let code = stopped.unwrap_or_else(|| exit_code(&result));
     let Err(failure) = result else { return ExitCode::from(code) };
     if stopped.is_some() && !matches!(failure, Failure::Cut { .. }) {
-        let error = Error::new(ErrorKind::Cancelled, "stopped by a signal; unfinished files were removed");
+        let error = Error::new(
+            ErrorKind::Cancelled,
+            "stopped by a signal; unfinished files were removed, and an image that was being changed is valid",
+        );
         ui.report(&Failure::Library(error.with_hint("run it again")), code);
     } else if !failure.is_broken_pipe() {
         ui.report(&failure, code);
