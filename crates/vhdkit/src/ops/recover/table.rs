@@ -20,7 +20,7 @@ const SECTOR_ENTRIES: u64 = 64;
 const BROKEN_MAX: usize = 1 << 20;
 /// Blocks from which on distances between them weigh more than what the metadata says.
 const COMMON_MIN: usize = 8;
-/// Entries with data that a stretch must have to be taken for a BAT.
+/// Entries with data that a stretch must have to be taken for a BAT by its shape alone.
 const PRESENT_MIN: u64 = 2;
 
 /// A block that an entry places.
@@ -194,6 +194,8 @@ struct Shape {
     has_partial: bool,
     /// The last entry that is used.
     last: u64,
+    /// Entries that are not zero.
+    used: u64,
     /// Where blocks are, in MiB.
     mibs: Vec<u64>,
 }
@@ -209,7 +211,7 @@ fn shape(view: &View, start: u64) -> Result<Shape> {
     // A table is whole MiB long: one in which something cannot be an entry is not part of it.
     while done < limit {
         let (base, entries) = (done / BAT_ENTRY_BYTES, (limit - done).min(MIB) / BAT_ENTRY_BYTES);
-        let (mut wrong, mut present, mut last, mut partial) = (false, Vec::new(), None, false);
+        let (mut wrong, mut present, mut last, mut used, mut partial) = (false, Vec::new(), None, 0, false);
         walk(view, start + done, entries, &mut |index, raw| {
             let entry = BatEntry(raw);
             let offset = entry.file_offset().0;
@@ -218,6 +220,7 @@ fn shape(view: &View, start: u64) -> Result<Shape> {
             let possible = is_present && fits || entry.state_number() < 4 && (offset == 0 || fits);
             wrong |= entry.reserved() != 0 || !possible;
             last = Some(base + index);
+            used += 1;
             if is_present {
                 present.push(offset / MIB);
                 partial |= entry.state_number() == PayloadState::PartiallyPresent.number();
@@ -227,6 +230,7 @@ fn shape(view: &View, start: u64) -> Result<Shape> {
             break;
         }
         shape.last = last.unwrap_or(shape.last);
+        shape.used += used;
         shape.mibs.extend(present);
         shape.has_partial |= partial;
         done += MIB;
@@ -280,7 +284,8 @@ pub(super) fn search(found: &Structures, progress: &dyn Progress) -> Result<Opti
             let elsewhere = shape.mibs.binary_search(&own).is_err();
             let score = shape.mibs.len() as u64;
             let better = best.as_ref().is_none_or(|(other, _)| score > *other);
-            if distinct && elsewhere && score >= PRESENT_MIN && better {
+            let enough = score >= PRESENT_MIN || score == 1 && is_table_of_one(found, &shape, offset);
+            if distinct && elsewhere && enough && better {
                 let inferred = shape.inferred(size);
                 let table = FoundTable { start: offset, entries: shape.last + 1, inferred, present: score };
                 best = Some((score, table));
@@ -292,6 +297,18 @@ pub(super) fn search(found: &Structures, progress: &dyn Progress) -> Result<Opti
         offset += MIB;
     }
     Ok(best.map(|(_, table)| table))
+}
+
+/// True for a stretch with one entry and nothing else, where the metadata says how many entries there are: it is one of them,
+/// and its block lies behind the table, as every writer puts it, and is in the file as a whole.
+fn is_table_of_one(found: &Structures, shape: &Shape, offset: u64) -> bool {
+    let parameters = &found.parameters;
+    let (Some(block), Some(size)) = (parameters.block_size, parameters.disk_size) else { return false };
+    let (logical, has_parent) = (parameters.logical_sector_size.unwrap_or(512), parameters.has_parent.unwrap_or(false));
+    let Some(geometry) = Geometry::new(size, block, logical, has_parent) else { return false };
+    let place = shape.mibs.first().map_or(0, |mib| mib.saturating_mul(MIB));
+    let is_in_file = place.saturating_add(u64::from(block)) <= found.view.size();
+    shape.used == 1 && shape.last < geometry.bat_entries() && place > offset && is_in_file
 }
 
 /// A first look, cheap: the first page holds nothing that cannot be an entry.
