@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueHint};
 
 use crate::args::FromArgs;
+use crate::args::maintain::ChildrenArgs;
 use crate::sizes;
 
 /// Mend what `check` finds, where it is certain what is right
@@ -13,7 +14,8 @@ use crate::sizes;
 /// --apply an undo record is written and made durable first; --restore puts it back, bit for bit, also after a crash in the
 /// middle. Where it is not certain what is right, nothing is done, and the report says what to do instead; `recover` makes a
 /// new image of what it can find. A log that was not put into place is put into place first, so make sure that nobody uses the
-/// image: Windows' locks (WSL, a share) cannot be seen. Ends with 1 when something is left.
+/// image: Windows' locks (WSL, a share) cannot be seen. Where mending changes what the guest sees and there are children, --apply
+/// is refused. Ends with 1 when something is left.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   vhdkit repair disk.vhdx                              # what would be done
@@ -30,12 +32,14 @@ pub(crate) struct RepairArgs {
     /// Print the plan and change nothing, as without --apply
     #[arg(long, conflicts_with_all = ["apply", "restore"])]
     pub(crate) dry_run: bool,
-    /// Where the undo record goes, instead of IMAGE.undo; a file that is there is never replaced
+    /// Where the undo record goes, instead of IMAGE.undo; it must not exist. (An IMAGE.undo that was put back is replaced)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "apply")]
     pub(crate) undo: Option<PathBuf>,
     /// Put this undo record back
     #[arg(long, value_name = "RECORD", value_hint = ValueHint::FilePath, conflicts_with = "apply")]
     pub(crate) restore: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) children: ChildrenArgs,
     #[command(flatten)]
     pub(crate) from: FromArgs,
 }

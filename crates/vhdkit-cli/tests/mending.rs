@@ -44,6 +44,63 @@ fn a_plan_changes_nothing() {
 }
 
 #[test]
+fn a_record_that_was_put_back_makes_room() {
+    let scratch = Scratch::new();
+    broken(&scratch, "a.vhdx");
+    let sums = scratch.sums();
+    scratch.run(&["repair", "a.vhdx", "--apply"]).expect(0);
+    let record = std::fs::read(scratch.join("a.vhdx.undo")).unwrap();
+    scratch.run(&["repair", "a.vhdx", "--restore", "a.vhdx.undo"]).expect(0);
+    // It has nothing to put back any more, and the next repair goes on as the first did.
+    scratch.run(&["repair", "a.vhdx", "--apply"]).expect(0);
+    assert_ne!(std::fs::read(scratch.join("a.vhdx.undo")).unwrap(), record, "the GUIDs are new");
+    scratch.run(&["check", "--strict", "a.vhdx"]).expect(0);
+    scratch.run(&["repair", "a.vhdx", "--restore", "a.vhdx.undo"]).expect(0);
+    // One that was named stays, as it may be that of a copy; so does one that has something to put back.
+    let run = scratch.run(&["repair", "a.vhdx", "--apply", "--undo", "a.vhdx.undo"]).expect(6);
+    assert!(run.err.contains("`vhdkit repair a.vhdx --restore a.vhdx.undo`"), "{}", run.err);
+    let repaired = scratch.run(&["repair", "a.vhdx", "--apply"]).expect(0);
+    assert!(repaired.out.contains("mended"), "{}", repaired.out);
+    let mut image = std::fs::read(scratch.join("a.vhdx")).unwrap();
+    let torn = image.clone();
+    image[64 << 10..][..512].fill(0xff);
+    scratch.write("a.vhdx", &image);
+    scratch.run(&["repair", "a.vhdx", "--apply"]).expect(6);
+    scratch.write("a.vhdx", &torn);
+    scratch.run(&["repair", "a.vhdx", "--restore", "a.vhdx.undo"]).expect(0);
+    // Neither is there a record to a pipe.
+    let run = scratch.run(&["repair", "a.vhdx", "--apply", "--undo", "-"]).expect(2);
+    assert!(run.err.contains("--undo FILE"), "{}", run.err);
+    std::fs::remove_file(scratch.join("a.vhdx.undo")).unwrap();
+    assert_eq!(scratch.sums(), sums);
+}
+
+#[test]
+fn mending_that_breaks_children_is_refused() {
+    let scratch = Scratch::new();
+    scratch.chain();
+    // The last block of the parent loses its end: the guest will see zeros there.
+    let path = scratch.join("base.vhdx");
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 65536 - 512).unwrap();
+    drop(file);
+    let sums = scratch.sums();
+    let run = scratch.run(&["repair", "base.vhdx"]).expect(0).silent();
+    assert!(run.out.contains("lost: ") && run.out.contains("child.vhdx; --apply is refused"), "{}", run.out);
+    let said = scratch.run(&["repair", "base.vhdx", "--json"]).expect(0).json();
+    assert!(said["children"][0].as_str().unwrap().ends_with("child.vhdx"), "{said}");
+    let run = scratch.run(&["repair", "base.vhdx", "--apply"]).expect(6);
+    assert!(run.err.contains("child.vhdx") && run.err.contains("--break-children"), "{}", run.err);
+    assert_eq!(scratch.sums(), sums);
+    scratch.run(&["repair", "base.vhdx", "--apply", "--break-children"]).expect(0);
+    scratch.run(&["check", "base.vhdx"]).expect(0);
+    scratch.run(&["read", "child.vhdx"]).expect(6);
+    scratch.run(&["repair", "base.vhdx", "--restore", "base.vhdx.undo"]).expect(0);
+    std::fs::remove_file(scratch.join("base.vhdx.undo")).unwrap();
+    assert_eq!(scratch.sums(), sums);
+}
+
+#[test]
 fn what_is_applied_can_be_undone() {
     let scratch = Scratch::new();
     broken(&scratch, "a.vhdx");

@@ -90,6 +90,10 @@ fn apply_to_image(context: &Context, args: &ApplyArgs, file: &FileStorage) -> Re
     let session = Session::open(context, &args.target, &args.writing)?;
     let image: &Image = &session.image;
     let plan = plan(context, args, file, ApplyTarget::Image(image))?;
+    if args.dry_run {
+        // Also what would be refused for the sake of children is worth knowing.
+        report(context, args, &plan, Value::Null, "")?;
+    }
     if plan.basis() != Basis::Done && !args.break_children {
         let bar = Bar::new("looking for children", &context.ui, &context.interrupt);
         let children = refuse_to_break(session.layer()?, &args.child, &bar)?;
@@ -99,7 +103,6 @@ fn apply_to_image(context: &Context, args: &ApplyArgs, file: &FileStorage) -> Re
         }
     }
     if args.dry_run {
-        report(context, args, &plan, Value::Null, "")?;
         return Ok(Answer::Yes);
     }
     let written = AtomicU64::new(0);

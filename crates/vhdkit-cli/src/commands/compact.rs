@@ -4,7 +4,7 @@ use std::io::Write as _;
 
 use serde_json::{Value, json};
 use vhdkit::image::Image;
-use vhdkit::ops::compact::{CompactOptions, CompactReport, compact, compact_as_planned};
+use vhdkit::ops::compact::{CompactOptions, CompactReport, compact_as_planned};
 
 use crate::args::CompactArgs;
 use crate::cli::Context;
@@ -24,9 +24,14 @@ pub(crate) fn run(context: &Context, args: &CompactArgs) -> Result<Answer, Failu
         let image = open_image(context, &args.image)?;
         let options = options(context, args, &image)?;
         let bar = Bar::new("looking", &context.ui, &context.interrupt);
-        let found = compact(image, &options, &bar).map_err(|error| error.with_path(&args.image))?;
+        let mut plan = None;
+        let found = compact_as_planned(image, &options, &mut |expected| plan = Some(expected.clone()), &bar);
         drop(bar);
-        report(context, args, &found, Value::Null, "")?;
+        // Also what would be refused is worth knowing.
+        if let Some(plan) = plan {
+            report(context, args, &plan, Value::Null, "")?;
+        }
+        found.map_err(|error| error.with_path(&args.image))?;
         return Ok(Answer::Yes);
     }
     let session = Session::open(context, &args.image, &args.writing)?;

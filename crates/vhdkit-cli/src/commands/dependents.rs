@@ -14,9 +14,19 @@ use crate::show;
 
 /// The children of an image: in its own directory, and those named. Files that may be children are warned of.
 pub(crate) fn children(context: &Context, of: &Layer, named: &[PathBuf]) -> Result<Children, Failure> {
-    let bar = Bar::new("looking for children", &context.ui, &context.interrupt);
     let own: Vec<PathBuf> = of.path().map(directory_of).into_iter().collect();
-    let children = find_children(&ParentFile::of(of), &own, named, &bar)?;
+    children_of(context, &ParentFile::of(of), &own, named)
+}
+
+/// The same of an image that need not be one that can be opened.
+pub(crate) fn children_of(
+    context: &Context,
+    of: &ParentFile,
+    directories: &[PathBuf],
+    named: &[PathBuf],
+) -> Result<Children, Failure> {
+    let bar = Bar::new("looking for children", &context.ui, &context.interrupt);
+    let children = find_children(of, directories, named, &bar)?;
     for error in &children.unknown {
         let what = format!("whether it is a child of the image cannot be known: {}", error.message());
         context.ui.warn(error.path(), &what);

@@ -35,6 +35,14 @@ pub(crate) fn run(context: &Context, args: &MergeArgs) -> Result<Answer, Failure
     let into = layer_named(args, &chain)?;
     let dependents = dependents(context, args, &chain, into)?;
     let options = MergeOptions { into, dependents, replay: args.writing.replay, dry_run: args.dry_run };
+    if args.dry_run && !options.dependents.is_empty() {
+        // Also what would be refused for their sake is worth knowing.
+        let alone = MergeOptions { dependents: Vec::new(), ..options.clone() };
+        let bar = Bar::new("looking", &context.ui, &context.interrupt);
+        let planned = merge(open_image(context, &args.child_image)?, &alone, &bar);
+        drop(bar);
+        report(context, args, &planned.map_err(|error| error.with_path(&args.child_image))?, &[])?;
+    }
     if let Some(warning) = chain.layers().get(into).and_then(lock_warning_of) {
         context.ui.warn(chain.layers().get(into).and_then(Layer::path), &warning);
     }
@@ -94,14 +102,19 @@ fn dependents(context: &Context, args: &MergeArgs, chain: &Image, into: usize) -
     Ok(found)
 }
 
-/// Removes what was merged, the child first, so that nobody is left without a parent.
+/// Removes what was merged, the child first, so that nobody is left without a parent. Of a symbolic link both go, the file
+/// first: what was merged must not stay and look as if it still counted.
 fn delete(done: &MergeReport) -> Result<Vec<PathBuf>, Failure> {
     let mut deleted: Vec<PathBuf> = Vec::new();
     for path in done.merged.iter().flatten() {
         let failed = |error| Error::io("cannot remove the merged file", error).with_path(path);
-        std::fs::remove_file(path).map_err(failed)?;
-        sync_directory(&directory_of(path)).map_err(failed)?;
-        deleted.push(path.clone());
+        let is_link = std::fs::symlink_metadata(path).map_err(failed)?.file_type().is_symlink();
+        let file = if is_link { Some(std::fs::canonicalize(path).map_err(failed)?) } else { None };
+        for name in file.into_iter().chain([path.clone()]) {
+            std::fs::remove_file(&name).map_err(failed)?;
+            sync_directory(&directory_of(&name)).map_err(failed)?;
+            deleted.push(name);
+        }
     }
     Ok(deleted)
 }

@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 use vhdkit::format::finding::Severity;
+use vhdkit::ops::chain::{ParentFile, directory_of};
 use vhdkit::ops::check::CheckReport;
-use vhdkit::ops::repair::{RepairOptions, RepairPlan, Restored, apply, plan, restore};
+use vhdkit::ops::repair::{RepairOptions, RepairPlan, Restored, apply, is_spent, plan, restore};
 use vhdkit::storage::{FileAccess, FileStorage, NewFile, NewFileOptions, Sharing, Storage};
 use vhdkit::text::escape;
 use vhdkit::{Error, ErrorKind};
 
+use super::dependents;
 use super::info::{finding_json, refuse_raw};
 use crate::args_mending::RepairArgs;
 use crate::cli::Context;
@@ -38,15 +40,33 @@ pub(crate) fn run(context: &Context, args: &RepairArgs) -> Result<Answer, Failur
     let planned = planned.map_err(|error| error.with_path(&args.image))?;
     drop(bar);
     let record = record.filter(|_| planned.changes_anything());
+    let breaks = planned.changes_anything() && planned.breaks_children && !args.children.break_children;
+    let parent_file = ParentFile { identity: storage.identity(), data_write_guid: planned.data_write_guid };
+    let children = if breaks { broken_children(context, args, &parent_file)? } else { Vec::new() };
     if let Some(record) = &record {
-        carry_out(context, &args.image, &storage, &planned, record)?;
+        if !children.is_empty() {
+            let what = format!(
+                "mending the image changes what its guest sees, and it is the parent of {}",
+                children.join(", ")
+            );
+            let hint = "work on a copy, or use --break-children and link the children again with `vhdkit reparent CHILD PARENT \
+                        --ignore-id-mismatch` once you know that they fit";
+            return Err(Error::new(ErrorKind::Refused, what).with_path(&args.image).with_hint(hint).into());
+        }
+        carry_out(context, args, &storage, &planned, record)?;
     }
     drop(storage);
     let parent = if planned.after.errors == 0 { parent_trouble(context, &args.image)? } else { None };
-    let report =
-        Report { context, path: &args.image, plan: &planned, record: record.as_deref(), parent, asked: args.apply };
+    let (path, record) = (args.image.as_path(), record.as_deref());
+    let report = Report { context, path, plan: &planned, record, parent, children: &children, asked: args.apply };
     report.print()?;
     Ok(if planned.mends_everything() && report.parent.is_none() { Answer::Yes } else { Answer::No })
+}
+
+/// Children that do not accept the image any more once it is mended.
+fn broken_children(context: &Context, args: &RepairArgs, of: &ParentFile) -> Result<Vec<String>, Failure> {
+    let found = dependents::children_of(context, of, &[directory_of(&args.image)], &args.children.child)?.found;
+    Ok(found.iter().filter(|child| child.breaks_by_writing()).map(|child| show::path(&child.path)).collect())
 }
 
 fn open(context: &Context, path: &Path, write: bool) -> Result<Arc<dyn Storage>, Failure> {
@@ -68,6 +88,12 @@ fn open(context: &Context, path: &Path, write: bool) -> Result<Arc<dyn Storage>,
 /// Where the undo record goes.
 fn record_path(args: &RepairArgs) -> Result<PathBuf, Failure> {
     if let Some(record) = &args.undo {
+        if record.as_os_str() == "-" {
+            return Err(Failure::usage(
+                "the undo record is written to a file, which has to be there before the image is changed",
+                "name one: --undo FILE (for a file of this name, ./-)",
+            ));
+        }
         return Ok(record.clone());
     }
     if is_block_device(&args.image) {
@@ -83,15 +109,21 @@ fn record_path(args: &RepairArgs) -> Result<PathBuf, Failure> {
 
 fn carry_out(
     context: &Context,
-    path: &Path,
+    args: &RepairArgs,
     storage: &Arc<dyn Storage>,
     planned: &RepairPlan,
     record: &Path,
 ) -> Result<(), Failure> {
-    let file = NewFile::create(record, NewFileOptions::default()).map_err(|error| match error.kind() {
-        ErrorKind::Exists => error.with_hint(
-            "a repair was begun or done before: put it back with --restore, or name another record with --undo FILE",
-        ),
+    let path = args.image.as_path();
+    let undo_it =
+        format!("vhdkit repair {} --restore {}", show::quoted(path.as_os_str()), show::quoted(record.as_os_str()));
+    // One that was named may be that of a copy of the image.
+    let replace = args.undo.is_none() && is_spent_record(context, storage, record)?;
+    let file = NewFile::create(record, NewFileOptions { replace, ..NewFileOptions::default() });
+    let file = file.map_err(|error| match error.kind() {
+        ErrorKind::Exists => error.with_hint(format!(
+            "if it is the record of an earlier repair, `{undo_it}` puts that back; or name another one with --undo FILE"
+        )),
         _ => error,
     })?;
     let undo = file.storage();
@@ -100,9 +132,30 @@ fn carry_out(
     let bar = Bar::new("repairing", &context.ui, &context.interrupt);
     let applied = apply(storage, planned, undo.as_ref(), &mut keep, &bar);
     drop(bar);
-    applied.map_err(|error| error.with_path(path))?;
+    applied.map_err(|error| {
+        let error = error.with_path(path);
+        if file.is_some() {
+            return error; // nothing was changed
+        }
+        error.with_hint(format!("the image may be changed in part: put it back with `{undo_it}`"))
+    })?;
     warn_of_change_tracking(context, path);
     Ok(())
+}
+
+/// Whether there is a record already that has nothing to put back: it was put back before, or never needed.
+fn is_spent_record(context: &Context, storage: &Arc<dyn Storage>, record: &Path) -> Result<bool, Failure> {
+    let is_file = std::fs::symlink_metadata(record).is_ok_and(|metadata| metadata.is_file());
+    if !is_file {
+        return Ok(false);
+    }
+    let old = FileStorage::open(record, FileAccess::Read, Sharing::ForceShare)?;
+    let bar = Bar::new("comparing with the record that is there", &context.ui, &context.interrupt);
+    match is_spent(storage.as_ref(), &old, &bar) {
+        Ok(spent) => Ok(spent && storage.identity() != old.identity()),
+        Err(error) if error.kind() == ErrorKind::InvalidArgument => Ok(false), // some other file
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn put_back(context: &Context, path: &Path, record: &Path) -> Result<Answer, Failure> {
@@ -156,6 +209,8 @@ struct Report<'a> {
     /// The undo record, when the plan was carried out.
     record: Option<&'a Path>,
     parent: Option<Error>,
+    /// Children that are found and do not accept the image any more once it is mended.
+    children: &'a [String],
     /// The user asked for the plan to be carried out.
     asked: bool,
 }
@@ -191,6 +246,7 @@ impl Report<'_> {
             "before": counts_json(&plan.before),
             "after": counts_json(&plan.after),
             "breaks_children": plan.changes_anything() && plan.breaks_children,
+            "children": self.children,
             "file_size_before": plan.file_size_before,
             "file_size_after": plan.file_size_after,
             "bytes_changed": plan.bytes_changed,
@@ -248,6 +304,10 @@ impl Report<'_> {
                 out,
                 "{HEADING}note{HEADING:#}: children of this image {will} it as their parent, as what it holds changes"
             )?;
+            if !self.children.is_empty() {
+                let names = self.children.join(", ");
+                writeln!(out, "  found: {names}; --apply is refused without --break-children")?;
+            }
         }
         let (before, after) = (total(&plan.before), total(&plan.after));
         let counts = format!("{before} before, {after} {}", if self.record.is_some() { "now" } else { "afterwards" });

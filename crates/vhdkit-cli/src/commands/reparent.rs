@@ -34,16 +34,17 @@ pub(crate) fn run(context: &Context, args: &ReparentArgs) -> Result<Answer, Fail
     // What would happen, before anything does.
     let looked_at = child()?;
     let plan = reparent(child()?, &parent, &ReparentOptions { dry_run: true, ..options.clone() }).map_err(name)?;
-    if plan.mismatch
-        && let Some(layer) = looked_at.layers().first()
-    {
-        dependents::refuse(context, layer, &args.children)?;
-    }
+    let children = match looked_at.layers().first() {
+        Some(layer) if plan.mismatch => dependents::refuse(context, layer, &args.children),
+        _ => Ok(()),
+    };
     drop(looked_at);
-    if args.dry_run || plan.changes.is_empty() {
+    if args.dry_run || children.is_ok() && plan.changes.is_empty() {
         report(context, args, &plan)?;
+        children?;
         return Ok(Answer::Yes);
     }
+    children?;
     let session = Session::open_alone(context, &args.child_image, &args.writing)?;
     let (image, aftermath) = session.into_parts()?;
     let done = aftermath.name(reparent(image, &parent, &options))?;

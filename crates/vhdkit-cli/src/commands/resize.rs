@@ -27,11 +27,13 @@ pub(crate) fn run(context: &Context, args: &ResizeArgs) -> Result<Answer, Failur
         crate::commands::info::refuse_raw(context, &args.image, args.writing.from.from)?;
         let image = open_image(context, &args.image)?;
         let options = options(context, args, &image)?;
-        refuse_children(context, args, &image, &options)?;
+        let children = refuse_children(context, args, &image, &options);
         let bar = Bar::new("looking", &context.ui, &context.interrupt);
         let made = resize(image, &options, &bar).map_err(|error| error.with_path(&args.image))?;
         drop(bar);
+        // Also what would be refused for the sake of children is worth knowing.
         report(context, args, &made, Value::Null, "")?;
+        children?;
         return Ok(Answer::Yes);
     }
     let session = Session::open(context, &args.image, &args.writing)?;
@@ -80,6 +82,9 @@ fn options(context: &Context, args: &ResizeArgs, image: &Image) -> Result<Resize
     })
 }
 
+/// What is left of a disk with nothing on it.
+const EMPTY_BYTES: u64 = 1 << 20;
+
 /// The smallest size at which nothing is lost.
 fn minimum(context: &Context, args: &ResizeArgs, image: &Image) -> Result<u64, Failure> {
     let bar = Bar::new("looking", &context.ui, &context.interrupt);
@@ -87,7 +92,8 @@ fn minimum(context: &Context, args: &ResizeArgs, image: &Image) -> Result<u64, F
         // A file system knows nothing of the disk's sectors, when it was made in a file.
         Smallest::SafeAt { bytes, .. } => {
             let sector = u64::from(image.logical_sector_size());
-            Ok(bytes.max(1).checked_next_multiple_of(sector).map_or(image.size(), |bytes| bytes.min(image.size())))
+            let bytes = if bytes == 0 { EMPTY_BYTES } else { bytes };
+            Ok(bytes.checked_next_multiple_of(sector).map_or(image.size(), |bytes| bytes.min(image.size())))
         }
         Smallest::Unknown { reason } => {
             let what = format!("how small the disk may be is not known, as {reason}");

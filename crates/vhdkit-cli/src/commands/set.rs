@@ -24,9 +24,11 @@ pub(crate) fn run(context: &Context, args: &SetArgs) -> Result<Answer, Failure> 
     crate::commands::info::refuse_raw(context, &args.image, args.writing.from.from)?;
     if args.dry_run {
         let image = open_image(context, &args.image)?;
-        refuse_children(context, args, &image, &options)?;
+        let children = refuse_children(context, args, &image, &options);
         let plan = set(image, &options).map_err(|error| error.with_path(&args.image))?;
+        // Also what would be refused for the sake of children is worth knowing.
         report(context, args, &plan, Value::Null, "")?;
+        children?;
         return Ok(Answer::Yes);
     }
     let session = Session::open_alone(context, &args.image, &args.writing)?;

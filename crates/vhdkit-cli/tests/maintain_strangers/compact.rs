@@ -224,6 +224,8 @@ fn children_that_would_break() {
     for more in [&[][..], &["--dry-run"]] {
         let run = scratch.run(&[&["compact", text(&image)], more].concat()).expect(6);
         assert!(run.err.contains("child.avhdx") && run.err.contains("--no-filesystems"), "{}", run.err);
+        // A dry run prints the plan all the same.
+        assert_eq!(run.out.contains("nothing was changed"), more == ["--dry-run"], "{}", run.out);
         assert_eq!(sha256_file(&image).unwrap(), sum);
     }
     let said = scratch.run(&["compact", text(&image), "--no-filesystems", "--json"]).expect(0).json();

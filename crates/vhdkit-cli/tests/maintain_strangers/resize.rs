@@ -103,7 +103,7 @@ fn minimum(layout: &[&str]) {
     let sum = sha256_file(&image).unwrap();
     let less = (least - 512).to_string();
     let run = scratch.run(&["resize", text(&image), &less]).expect(6);
-    assert!(run.err.contains(&format!("reach to {least} bytes")), "{}", run.err);
+    assert!(run.err.contains(&format!("the ext4 file system reaches to {least} bytes")), "{}", run.err);
     assert_eq!(sha256_file(&image).unwrap(), sum);
     scratch.run(&["resize", "-q", text(&image), "--minimum"]).expect(0).silent();
     let disk = now(&scratch, &image, least);

@@ -27,21 +27,43 @@ pub fn plan_backup_gpt(disk: &dyn BlockDevice, new_size: u64) -> Result<Vec<(u64
         let what = format!("a disk of {new_size} bytes does not end with a whole sector of {sector} bytes");
         return Err(Error::new(ErrorKind::InvalidArgument, what));
     }
-    plan(disk, sector, new_size / sector).map_err(|trouble| match trouble {
+    let (failed, hint) = match primary(disk, sector) {
+        Ok((primary, record)) => match moved(disk, sector, new_size / sector, &primary, record) {
+            Ok(writes) => return Ok(writes),
+            Err(trouble) => (
+                trouble,
+                "choose a larger disk, make the partitions smaller in the guest first, or leave the backup where it is",
+            ),
+        },
+        Err(trouble) => (trouble, "mend the table with the tools of the guest first, for example gdisk"),
+    };
+    Err(match failed {
         Trouble::Failed(error) => error,
-        Trouble::Reason(reason) => Error::new(ErrorKind::Refused, format!("the backup GPT cannot be moved: {reason}"))
-            .with_hint("mend the table with the tools of the guest first, for example gdisk"),
+        Trouble::Reason(reason) => {
+            Error::new(ErrorKind::Refused, format!("the backup GPT cannot be moved: {reason}")).with_hint(hint)
+        }
     })
 }
 
-fn plan(disk: &dyn BlockDevice, sector: u64, sectors: u64) -> Checked<Vec<(u64, Vec<u8>)>> {
+/// The primary GPT and the record that protects it, both in order.
+fn primary(disk: &dyn BlockDevice, sector: u64) -> Checked<(gpt::Copy, RawRecord)> {
     let window = Window::new(disk, &(0..disk.size()));
-    let mut record: RawRecord = window.read_struct(0)?;
+    let record: RawRecord = window.read_struct(0)?;
     require(
         record.signature == mbr::SIGNATURE && is_protective(&record),
         "the first sector does not protect a GPT alone",
     )?;
-    let primary = gpt::Copy::read(&window, 1, sector)?;
+    Ok((gpt::Copy::read(&window, 1, sector)?, record))
+}
+
+fn moved(
+    disk: &dyn BlockDevice,
+    sector: u64,
+    sectors: u64,
+    primary: &gpt::Copy,
+    mut record: RawRecord,
+) -> Checked<Vec<(u64, Vec<u8>)>> {
+    let window = Window::new(disk, &(0..disk.size()));
     let mut writes = primary.moved(sectors)?;
     let protected = u32::try_from(sectors.saturating_sub(1)).unwrap_or(u32::MAX);
     for entry in record.entries.iter_mut().filter(|entry| entry.kind == mbr::PROTECTIVE) {

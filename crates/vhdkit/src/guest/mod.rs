@@ -361,6 +361,21 @@ impl Volume {
 }
 
 impl Survey {
+    /// What reaches to the end of what is in use, for a message: a partition, or a file system. Names of partitions are
+    /// escaped for printing.
+    #[must_use]
+    pub fn last_in_use(&self) -> String {
+        let last = self.volumes.iter().max_by_key(|volume| volume.range.end);
+        match last.map(|volume| (volume, &volume.partition)) {
+            Some((volume, Some(partition))) if volume.range.end == self.table_end => {
+                let name = if partition.name.is_empty() { String::new() } else { format!(" \"{}\"", partition.name) };
+                format!("partition {}{name} ({})", partition.number, volume.kind)
+            }
+            Some((volume, None)) => format!("the {} file system", volume.kind),
+            _ => "what the partition table describes".to_owned(),
+        }
+    }
+
     /// How small the disk may be made: to the end of the last partition, with room for a backup GPT behind it where there is
     /// one; for a disk that is one file system, to the end of that.
     #[must_use]

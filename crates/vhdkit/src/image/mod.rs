@@ -6,6 +6,7 @@ pub(crate) mod bat;
 mod bitmap;
 mod change;
 mod commit;
+pub(crate) mod data_map;
 mod device;
 pub(crate) mod extents;
 pub(crate) mod file_resolver;

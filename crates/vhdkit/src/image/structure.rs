@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::bat::page_of;
 use super::change::give_back;
+use super::data_map::DataMap;
 use super::extents::LayerCursor;
 use super::layer::Layer;
 use super::session::Identity;
@@ -171,7 +172,7 @@ impl Edit<'_> {
 
     /// Copies a range of the file to space that was taken.
     pub(crate) fn copy(&self, from: Range<u64>, to: &Given) -> Result<()> {
-        self.copy_within(from, to)
+        self.copy_within(from, to, &DataMap::default())
     }
 
     /// Makes the file so long at least.
@@ -271,8 +272,9 @@ impl Edit<'_> {
     }
 
     /// Moves a payload block to space that was taken: copies what it holds, then changes its entry. False when the block is
-    /// not where it was said to be; the space is given back then.
-    pub(crate) fn move_block(&self, block: BlockIndex, from: u64, to: &Given) -> Result<bool> {
+    /// not where it was said to be; the space is given back then. `data` is what is known of the file; nothing but moving may
+    /// have been done since it was made.
+    pub(crate) fn move_block(&self, block: BlockIndex, from: u64, to: &Given, data: &DataMap) -> Result<bool> {
         let layer = self.layer();
         let index = layer.geometry().payload_index(block);
         let keys = Keys::one(PageKey::Bat(page_of(index)));
@@ -285,7 +287,7 @@ impl Edit<'_> {
             self.give_back(to);
             return Ok(false);
         };
-        if let Err(error) = self.copy_within(owned.clone(), to) {
+        if let Err(error) = self.copy_within(owned.clone(), to, data) {
             self.give_back(to);
             return Err(error);
         }
@@ -296,7 +298,7 @@ impl Edit<'_> {
     }
 
     /// Moves a sector bitmap block to space that was taken. No page of it may be dirty.
-    pub(crate) fn move_bitmap(&self, chunk: ChunkIndex, from: u64, to: &Given) -> Result<bool> {
+    pub(crate) fn move_bitmap(&self, chunk: ChunkIndex, from: u64, to: &Given, data: &DataMap) -> Result<bool> {
         let layer = self.layer();
         let index = layer.geometry().bitmap_index(chunk);
         let entry = layer.bat().pin(index, layer.rules(), layer.view())?;
@@ -305,7 +307,7 @@ impl Edit<'_> {
             return Ok(false);
         }
         let owned = from..from + BITMAP_BLOCK_BYTES; // inside the file
-        if let Err(error) = self.copy_within(owned.clone(), to) {
+        if let Err(error) = self.copy_within(owned.clone(), to, data) {
             self.give_back(to);
             return Err(error);
         }
@@ -315,24 +317,25 @@ impl Edit<'_> {
     }
 
     /// Copies inside the file. Holes stay holes where the new place is zero.
-    fn copy_within(&self, from: Range<u64>, to: &Given) -> Result<()> {
+    fn copy_within(&self, from: Range<u64>, to: &Given, data: &DataMap) -> Result<()> {
         let _phase = enter(Phase::Payload);
         let storage = self.storage();
         let failed =
             |error| Error::io(format!("cannot copy the block at {:#x} to {:#x}", from.start, to.range.start), error);
         let place = |position: u64| to.range.start + (position - from.start);
+        data.wrote(&to.range);
         let end = from.end.min(self.shared.view().physical_size());
         let mut position = from.start;
         let mut buffer: Vec<u8> = Vec::new();
         while position < from.end {
-            let next = if position < end { storage.next_data(position..end).map_err(failed)? } else { None };
-            let data = next.unwrap_or(from.end..from.end);
-            if to.holds == Holds::Stale && data.start > position {
-                storage.zero_range(place(position)..place(data.start)).map_err(failed)?;
+            let found = data.next_data(storage.as_ref(), position..end.max(position)).map_err(failed)?;
+            let piece = found.unwrap_or(from.end..from.end);
+            if to.holds == Holds::Stale && piece.start > position {
+                storage.zero_range(place(position)..place(piece.start)).map_err(failed)?;
             }
-            position = data.start;
-            while position < data.end {
-                let length = (data.end - position).min(COPY_BYTES);
+            position = piece.start;
+            while position < piece.end {
+                let length = (piece.end - position).min(COPY_BYTES);
                 let copied = storage.copy_range(storage.as_ref(), position, place(position), length).map_err(failed)?;
                 if copied == 0 {
                     buffer.resize(usize::try_from(length).unwrap_or(0), 0); // at most 1 MiB

@@ -88,7 +88,8 @@ pub fn compact(image: Image, options: &CompactOptions, progress: &dyn Progress) 
     compact_as_planned(image, options, &mut |_| {}, progress)
 }
 
-/// As [`compact`]; `planned` hears before the first change what is to be expected, as a dry run would report it.
+/// As [`compact`]; `planned` hears before the first change what is to be expected, as a dry run would report it; in a dry run
+/// also where children are in the way.
 ///
 /// # Errors
 /// As [`compact`].
@@ -118,15 +119,18 @@ pub fn compact_as_planned(
     }
     drop(free);
     fill(&mut report, &unneeded);
-    if report.free_blocks > 0 && !options.children.is_empty() && !options.break_children {
-        return Err(has_children(&report, &options.children));
-    }
     let to_drop = report.zero_blocks + report.free_blocks + report.unneeded_blocks;
     report.new_file_size = expected_size(layer, to_drop, progress)?;
+    let breaks = report.free_blocks > 0 && !options.children.is_empty() && !options.break_children;
+    if options.dry_run || !breaks {
+        planned(&report);
+    }
+    if breaks {
+        return Err(has_children(&report, &options.children));
+    }
     if options.dry_run {
         return Ok(report);
     }
-    planned(&report);
     if to_drop > 0 || moving::can_move(&image)? {
         let worked = run(&image, &unneeded, &mut report, progress);
         finish(&image, worked)?;

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::format::bat::{BITMAP_PRESENT, BatEntry, PayloadState};
 use crate::format::geometry::{BITMAP_BLOCK_BYTES, BatSlot};
 use crate::format::region::BAT_GUID;
+use crate::image::data_map::DataMap;
 use crate::image::extents::LayerCursor;
 use crate::image::structure::{Edit, Transaction};
 use crate::image::{Image, Layer};
@@ -149,13 +150,14 @@ pub(super) fn move_down(edit: &Edit<'_>, progress: &dyn Progress) -> Result<u64>
 fn move_kind(edit: &Edit<'_>, kind: Kind, progress: &dyn Progress) -> Result<u64> {
     let bytes = kind.bytes(edit.layer().geometry().block_size());
     let (mut moved, mut below, mut unsettled) = (0, u64::MAX, 0);
+    let data = DataMap::default();
     'passes: loop {
         let units = highest(edit.layer(), kind, below)?;
         let Some(last) = units.last() else { break };
         below = last.file_offset;
         for unit in &units {
             // The file system may have no more room than for one block: then each gives its old place back first.
-            if !edit.with_room(|| move_unit(edit, kind, *unit, bytes))? {
+            if !edit.with_room(|| move_unit(edit, kind, *unit, bytes, &data))? {
                 break 'passes; // what lies lower has even less below it
             }
             moved += 1;
@@ -172,11 +174,11 @@ fn move_kind(edit: &Edit<'_>, kind: Kind, progress: &dyn Progress) -> Result<u64
 }
 
 /// Moves a unit to the lowest hole below it; false when there is none.
-fn move_unit(edit: &Edit<'_>, kind: Kind, unit: Unit, bytes: u64) -> Result<bool> {
+fn move_unit(edit: &Edit<'_>, kind: Kind, unit: Unit, bytes: u64, data: &DataMap) -> Result<bool> {
     let Some(given) = edit.take_below(bytes, unit.file_offset) else { return Ok(false) };
     match kind {
-        Kind::Payload => edit.move_block(BlockIndex(unit.number), unit.file_offset, &given)?,
-        Kind::Bitmap => edit.move_bitmap(ChunkIndex(unit.number), unit.file_offset, &given)?,
+        Kind::Payload => edit.move_block(BlockIndex(unit.number), unit.file_offset, &given, data)?,
+        Kind::Bitmap => edit.move_bitmap(ChunkIndex(unit.number), unit.file_offset, &given, data)?,
     };
     Ok(true)
 }

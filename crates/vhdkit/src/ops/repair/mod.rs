@@ -36,7 +36,7 @@ use crate::storage::Storage;
 use draft::Draft;
 
 pub use apply::apply;
-pub use undo::{Restored, UndoReport, restore};
+pub use undo::{Restored, UndoReport, is_spent, restore};
 
 /// How to repair.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +84,8 @@ pub struct RepairPlan {
     pub left: Vec<Left>,
     /// Children of this image no longer accept it as their parent, as what its guest sees changes.
     pub breaks_children: bool,
+    /// The data write GUID of the image as it is, by which its children know it; nil without a header.
+    pub data_write_guid: Guid,
     /// The file's length before.
     pub file_size_before: u64,
     /// The file's length afterwards.
@@ -304,6 +306,7 @@ impl Planner {
         let mut headers = Vec::new();
         let mut current_copy = 0;
         let mut old_guid = Guid::NIL;
+        let data_write_guid = self.old.map_or(Guid::NIL, |(old, _)| old.data_write_guid);
         if let (Some((old, copy)), Some(wanted), false) = (self.old, self.header, self.actions.is_empty()) {
             current_copy = copy;
             old_guid = old.file_write_guid;
@@ -320,6 +323,7 @@ impl Planner {
             actions: self.actions,
             after,
             breaks_children: self.visible,
+            data_write_guid,
             file_size_before: self.draft.base_length(),
             file_size_after: self.draft.length(),
             bytes_changed: 0,

@@ -160,6 +160,29 @@ pub fn restore(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progres
     Ok(Restored { bytes, file_size_before: length, file_size_after: header.old_length })
 }
 
+/// Whether an undo record has nothing to put back: the image is what it was before the repair, as after [`restore`], or when
+/// the repair did not come to its first write.
+///
+/// # Errors
+/// [`InvalidArgument`](ErrorKind::InvalidArgument) for a record that is none or not whole,
+/// [`Cancelled`](ErrorKind::Cancelled), and when reading fails.
+pub fn is_spent(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progress) -> Result<bool> {
+    let header = open(undo)?;
+    let length = storage.len().map_err(|error| Error::io("cannot tell the length of the image", error))?;
+    if length != header.old_length {
+        return Ok(false);
+    }
+    let mut same = true;
+    for_each_piece(undo, &header, &mut |position, piece, _, old| {
+        advance(progress, position, Some(header.body_length))?;
+        let mut now = vec![0; old.len()];
+        read_extended(storage, length, &mut now, piece.offset)?;
+        same &= now == old;
+        Ok(())
+    })?;
+    Ok(same)
+}
+
 fn foreign(what: &str) -> Error {
     Error::new(ErrorKind::Refused, format!("the undo record does not belong to this image as it is: {what}"))
         .with_hint("nothing was changed; use the record of this very image, made since it was last written to")

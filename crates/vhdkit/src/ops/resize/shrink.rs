@@ -34,9 +34,11 @@ pub(super) fn plan(
         "make partitions and file systems smaller inside the guest first, or cut all the same with --allow-data-loss";
     match smallest {
         Smallest::SafeAt { bytes, .. } if bytes <= new => {}
-        Smallest::SafeAt { bytes, .. } => {
+        Smallest::SafeAt { bytes, moves_backup_gpt } => {
             if !options.allow_data_loss {
-                let what = format!("the guest's partitions and file systems reach to {bytes} bytes: {new} are too few");
+                let backup = if moves_backup_gpt { " with room for the backup GPT behind it" } else { "" };
+                let last = survey.last_in_use();
+                let what = format!("{last} reaches to {bytes} bytes{backup}: {new} are too few");
                 return Err(refused(what, hint));
             }
         }
