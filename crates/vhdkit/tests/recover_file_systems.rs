@@ -14,6 +14,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
+use vhdkit::ErrorKind;
 use vhdkit::ops::recover::{RecoverOptions, RecoverReport, recover};
 use vhdkit::ops::repair::{RepairOptions, apply, plan, restore};
 use vhdkit::storage::{FileAccess, FileStorage, MemoryStorage, NewFile, NewFileOptions, Sharing, Storage};
@@ -67,11 +68,15 @@ fn regions(file: &File) -> (u64, u64) {
 }
 
 fn recovered(directory: &Path) -> RecoverReport {
+    recovered_with(directory, &RecoverOptions::default())
+}
+
+fn recovered_with(directory: &Path, options: &RecoverOptions<'_>) -> RecoverReport {
     let source = FileStorage::open(&directory.join("disk.vhdx"), FileAccess::Read, Sharing::Normal).unwrap();
     let source: Arc<dyn Storage> = Arc::new(source);
     let target = NewFile::create(&directory.join("rescued.vhdx"), NewFileOptions::default()).unwrap();
     let storage: Arc<dyn Storage> = target.storage();
-    let report = recover(&source, None, &storage, &RecoverOptions::default(), &()).unwrap();
+    let report = recover(&source, None, &storage, options, &()).unwrap();
     target.commit(false).unwrap();
     report
 }
@@ -132,6 +137,72 @@ fn without_a_table() {
     }
 }
 
+/// Everything but the data is gone. What is on the disk, and the size of the blocks, tell where it belongs.
+fn without_a_beginning(kind: &str, block: u64) {
+    let directory = tempfile::tempdir().unwrap();
+    let (raw, path) = (directory.path().join("disk.raw"), directory.path().join("disk.vhdx"));
+    let file = File::create(&raw).unwrap();
+    let size = if kind == "xfs" { 512 * MIB } else { 300 * MIB };
+    file.set_len(size).unwrap();
+    let partition = directory.path().join("partition.raw");
+    match kind {
+        // Little more than what says where it is.
+        "xfs" => {
+            let options = ["-q", "-f", "-m", "crc=1", "-d", "agcount=4,size=512m", "-l", "size=64m", text(&raw)];
+            assert_success(&run_tool("mkfs.xfs", &options));
+        }
+        // All of it is data, in a partition.
+        "ntfs" => {
+            let bytes = vec![0x5a; MIB as usize];
+            (2..299).for_each(|mib| file.write_all_at(&bytes, mib * MIB).unwrap());
+            File::create(&partition).unwrap().set_len(297 * MIB).unwrap();
+            assert_success(&run_tool("sgdisk", &["-n", "1:4096:612351", "-t", "1:0700", text(&raw)]));
+            assert_success(&run_tool(
+                "mkntfs",
+                &["-q", "-F", "-f", "-p", "4096", "-H", "16", "-S", "63", text(&partition)],
+            ));
+            let source = File::open(&partition).unwrap();
+            let (mut buffer, empty) = (vec![0; MIB as usize], vec![0; MIB as usize]);
+            for mib in 0..297 {
+                source.read_exact_at(&mut buffer, mib * MIB).unwrap();
+                if buffer != empty {
+                    file.write_all_at(&buffer, (mib + 2) * MIB).unwrap();
+                }
+            }
+        }
+        other => panic!("{other}"),
+    }
+    let block_size = format!("block_size={block}");
+    assert_success(&qemu_img(&["convert", "-O", "vhdx", "-o", &block_size, text(&raw), text(&path)]));
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let (bat, metadata) = regions(&file);
+    zero(&file, 0, bat.max(metadata) + MIB);
+    drop(file);
+    let source = FileStorage::open(&path, FileAccess::Read, Sharing::Normal).unwrap();
+    let storage: Arc<dyn Storage> = Arc::new(source);
+    // By itself nothing says that this was a VHDX.
+    let target: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    let error = recover(&storage, None, &target, &RecoverOptions::default(), &()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotVhdx);
+    assert!(error.hint().unwrap().contains("--block-size"), "{error:?}");
+    drop(storage);
+    let options = RecoverOptions { block_size: u32::try_from(block).ok(), ..RecoverOptions::default() };
+    let report = recovered_with(directory.path(), &options);
+    assert_eq!((report.disk_size, report.block_size), (size, block), "{report:?}");
+    assert!(!report.is_certain() && report.blocks_lost == 0, "{report:?}");
+    let out = directory.path().join("out.raw");
+    assert_success(&qemu_img(&["convert", "-O", "raw", text(&directory.path().join("rescued.vhdx")), text(&out)]));
+    assert_eq!(sha256_file(&out).unwrap(), sha256_file(&raw).unwrap());
+    std::fs::remove_file(directory.path().join("rescued.vhdx")).unwrap();
+    if kind == "xfs" {
+        assert_success(&run_tool("xfs_repair", &["-n", "-f", text(&out)]));
+        // The size of the disk is enough: that of the blocks shows.
+        let report =
+            recovered_with(directory.path(), &RecoverOptions { disk_size: Some(size), ..RecoverOptions::default() });
+        assert_eq!(report.block_size, block, "{report:?}");
+    }
+}
+
 /// QEMU's own images, broken and repaired in place, are what they were to QEMU; and put back they are what they were to the byte.
 fn repaired_in_place() {
     for number in 0..4 {
@@ -183,5 +254,15 @@ fn main() {
         }),
         Case::new("ext superblocks come to their places without a BAT", tools(), without_a_table),
         Case::new("QEMU's images are repaired in place", tools(), repaired_in_place),
+        Case::new(
+            "XFS without the beginning of its image",
+            Needs::tools(&["qemu-img", "mkfs.xfs", "xfs_repair"]),
+            || {
+                without_a_beginning("xfs", MIB);
+            },
+        ),
+        Case::new("NTFS without the beginning of its image", Needs::tools(&["qemu-img", "mkntfs", "sgdisk"]), || {
+            without_a_beginning("ntfs", 8 * MIB);
+        }),
     ]);
 }

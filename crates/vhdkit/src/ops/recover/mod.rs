@@ -11,6 +11,7 @@
 //! the order of the file, since writers put blocks one behind the other as they are first written.
 
 mod disk;
+mod inference;
 mod placing;
 mod report;
 mod signatures;
@@ -95,27 +96,38 @@ pub fn find(
         return Err(Error::new(ErrorKind::Limit, "files of more than 1 PiB are not recovered"));
     }
     if size < HEADER_SECTION_BYTES {
-        return Err(nothing_left(storage, name, progress)?);
+        return Err(nothing_left(storage, name, false, progress)?);
     }
     let mut structures = structures::find(storage, &mut notes, progress)?;
     let searched = if structures.bat.is_none() { table::search(&structures, progress)? } else { None };
     let is_vhdx = notes.parts.iter().any(|part| part.name == "headers" && part.certainty == Certainty::Certain);
-    let any = structures.bat.is_some() || searched.is_some() || structures.metadata.is_some() || is_vhdx;
+    let has_table = structures.bat.is_some() || searched.is_some();
+    // Who knows how large blocks are or the disk was knows that this was a VHDX.
+    let is_said = options.block_size.is_some() || options.disk_size.is_some();
+    let any = has_table || structures.metadata.is_some() || is_vhdx || is_said;
+    let known_block = structures.parameters.block_size.or(options.block_size).is_some();
+    let known_size = structures.parameters.disk_size.or(options.disk_size).is_some();
+    let contents = if has_table || known_block && known_size {
+        inference::ByContents::default()
+    } else {
+        inference::by_contents(&structures.view, &taken(&structures), progress)?
+    };
     if !any {
-        return Err(nothing_left(storage, name, progress)?);
+        return Err(nothing_left(storage, name, contents.any, progress)?);
     }
     let bat_start = structures.bat.as_ref().map(|bat| bat.start).or(searched.as_ref().map(|found| found.start));
     let inferred = match (bat_start, &searched) {
         (_, Some(found)) => found.inferred,
         (Some(start), None) => table::infer(&structures.view, start)?,
-        (None, None) => table::Inferred::default(),
+        (None, None) => table::Inferred { block_size: contents.block_size, ..table::Inferred::default() },
     };
     let used = match (&structures.bat, &searched) {
         (Some(bat), _) => table::used_entries(&structures.view, bat)?,
         (None, Some(found)) => found.entries,
         (None, None) => 0,
     };
-    let (geometry, physical_sector_size) = sizes(&structures, options, inferred, (bat_start, used), &mut notes)?;
+    let (geometry, physical_sector_size) =
+        sizes(&structures, options, (inferred, contents), (bat_start, used), &mut notes)?;
     if let (None, Some(found)) = (&structures.bat, &searched) {
         let length = round_up(geometry.bat_entries() * 8, MIB).unwrap_or(MIB); // at most 513 MiB
         structures.bat = Some(found.start..found.start.saturating_add(length));
@@ -246,16 +258,23 @@ fn write(
 }
 
 /// The error for a file in which nothing is found: as `check` says it, where it is no VHDX.
-fn nothing_left(storage: &Arc<dyn Storage>, name: Option<&Path>, progress: &dyn Progress) -> Result<Error> {
+fn nothing_left(
+    storage: &Arc<dyn Storage>,
+    name: Option<&Path>,
+    has_disk: bool,
+    progress: &dyn Progress,
+) -> Result<Error> {
     let report = check(storage, name, &CheckOptions::default(), progress)?;
     let foreign = report.findings.iter().find(|finding| finding.code() == Code::FileSignature);
-    Ok(foreign.map_or_else(
-        || {
-            Error::new(ErrorKind::Truncated, "nothing of the disk is left in this file")
-                .with_hint("get another copy of it")
-        },
-        Error::from_finding,
-    ))
+    Ok(match foreign {
+        Some(finding) if has_disk => Error::from_finding(finding).with_hint(
+            "there are partitions or file systems in it: if you know that it was a VHDX, say how large its blocks are with \
+             --block-size (Windows makes them 32M unless told otherwise, WSL 1M, QEMU 8M to 64M by the size of the disk)",
+        ),
+        Some(finding) => Error::from_finding(finding),
+        None => Error::new(ErrorKind::Truncated, "nothing of the disk is left in this file")
+            .with_hint("get another copy of it"),
+    })
 }
 
 /// The ranges that structures take.
@@ -270,7 +289,7 @@ fn taken(found: &Structures) -> Vec<Range<u64>> {
 fn sizes(
     found: &Structures,
     options: &RecoverOptions<'_>,
-    inferred: table::Inferred,
+    (inferred, contents): (table::Inferred, inference::ByContents),
     (bat_start, used_entries): (Option<u64>, u64),
     notes: &mut Notes,
 ) -> Result<(Geometry, u32)> {
@@ -313,7 +332,7 @@ fn sizes(
     let known = options.disk_size.or(parameters.disk_size);
     let disk_size = match known {
         Some(size) => size,
-        None => inferred_disk_size(found, options, entries_size, bat_start, notes)?,
+        None => inferred_disk_size(found, options, contents, (entries_size, bat_start), notes)?,
     };
     let disk_size = round_up(disk_size, u64::from(logical)).unwrap_or(disk_size).min(DISK_SIZE_MAX);
     let geometry = Geometry::new(disk_size, block_size, logical, has_parent);
@@ -339,13 +358,13 @@ fn entries_to_bytes(entries: u64, block_size: u32, logical: u32) -> u64 {
 fn inferred_disk_size(
     found: &Structures,
     options: &RecoverOptions<'_>,
-    entries_size: u64,
-    bat_start: Option<u64>,
+    contents: inference::ByContents,
+    (entries_size, bat_start): (u64, Option<u64>),
     notes: &mut Notes,
 ) -> Result<u64> {
-    if let Some((size, certainty, what)) =
-        size_by_contents(found, bat_start)?.filter(|(size, ..)| *size <= DISK_SIZE_MAX)
-    {
+    let by_beginning = if contents.disk_size.is_none() { size_by_contents(found, bat_start)? } else { None };
+    let by_contents = contents.disk_size.or(by_beginning).filter(|(size, ..)| *size <= DISK_SIZE_MAX);
+    if let Some((size, certainty, what)) = by_contents {
         let size = size.max(entries_size);
         notes.part("disk size", certainty, format!("{size} bytes, by the {what} on it"));
         return Ok(size);
@@ -354,7 +373,8 @@ fn inferred_disk_size(
         notes.part("disk size", Certainty::Guessed, "the parent's");
         return Ok(parent.size().max(entries_size));
     }
-    if entries_size == 0 && found.parameters.block_size.is_none() && bat_start.is_none() {
+    let block_size = found.parameters.block_size.or(options.block_size);
+    if entries_size == 0 && block_size.is_none() && bat_start.is_none() {
         let error = Error::new(ErrorKind::Truncated, "nothing in this file tells where on a disk its data belongs");
         return Err(error.with_hint("get another copy of it; if you know the size of the disk, give it with --size"));
     }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 
-use super::signatures::{self, HEAD_BYTES, Says};
+use super::signatures::{self, Says};
 use super::table::{Placed, Table};
 use crate::error::Result;
 use crate::format::geometry::Geometry;
@@ -18,8 +18,6 @@ use crate::units::{BlockIndex, GuestOffset, MIB};
 
 /// Ranges of the file that are named in a report.
 const NAMED_MAX: usize = 100;
-/// Structures that are kept: no disk has more block groups that say where they are and are worth it.
-const SIGNS_MAX: usize = 4096;
 
 /// Where everything is, as far as it was found.
 #[derive(Debug, Default)]
@@ -275,20 +273,9 @@ impl Work<'_> {
 
     /// Structures that say where on the disk they are.
     fn anchors(&mut self, stretches: &[Range<u64>], progress: &dyn Progress) -> Result<Vec<Anchor>> {
-        let size = self.view.size();
         let mut signs = Vec::new();
         for stretch in stretches {
-            let mut start = stretch.start;
-            while start < stretch.end {
-                advance(progress, start, Some(size))?;
-                let end = (start + MIB).min(size);
-                let head = self.view.read_vec(start..end.min(start + HEAD_BYTES as u64))?;
-                let tail = self.view.read_vec(end.saturating_sub(HEAD_BYTES as u64).max(start)..end)?;
-                if signs.len() < SIGNS_MAX {
-                    signs.extend(signatures::find(&head, &tail, end - start).into_iter().map(|sign| (start, sign)));
-                }
-                start += MIB;
-            }
+            signs.extend(signatures::scan(self.view, stretch.clone(), &|_| false, progress)?);
         }
         let mut anchors = Vec::new();
         for (start, sign) in &signs {

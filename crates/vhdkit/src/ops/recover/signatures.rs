@@ -11,10 +11,19 @@
 //! Sources: UEFI specification 5.3; ext4 and XFS on-disk format as the Linux kernel documents them; ECMA-107 and the boot
 //! sectors that Windows documents.
 
+use std::ops::Range;
+
+use crate::error::Result;
 use crate::format::checksum::append;
+use crate::image::view::View;
+use crate::ops::{Progress, advance};
+use crate::units::MIB;
 
 /// How much of a MiB is looked at, at its beginning and at its end.
 pub(super) const HEAD_BYTES: usize = 8192;
+
+/// Structures that are kept: no disk has more block groups that say where they are and are worth it.
+const SIGNS_MAX: usize = 4096;
 
 /// A structure that says where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +77,32 @@ fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 })
     })
+}
+
+/// Everything in a range of whole MiB, each with the beginning of its MiB; `is_taken` says which of them are something else.
+pub(super) fn scan(
+    view: &View,
+    range: Range<u64>,
+    is_taken: &dyn Fn(u64) -> bool,
+    progress: &dyn Progress,
+) -> Result<Vec<(u64, Sign)>> {
+    let size = view.size();
+    let mut signs = Vec::new();
+    let mut start = range.start;
+    while start < range.end && signs.len() < SIGNS_MAX {
+        advance(progress, start, Some(size))?;
+        let Some(data) = view.next_data(start..range.end)? else { break };
+        start = data.start - data.start % MIB;
+        let end = (start + MIB).min(size);
+        if !is_taken(start) {
+            let head = view.read_vec(start..end.min(start + HEAD_BYTES as u64))?;
+            let tail = view.read_vec(end.saturating_sub(HEAD_BYTES as u64).max(start)..end)?;
+            signs.extend(find(&head, &tail, end - start).into_iter().map(|sign| (start, sign)));
+        }
+        start += MIB;
+    }
+    signs.truncate(SIGNS_MAX);
+    Ok(signs)
 }
 
 /// Everything in the first and last [`HEAD_BYTES`] of a MiB, which has `length` bytes.
