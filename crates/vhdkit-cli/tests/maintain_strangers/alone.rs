@@ -29,6 +29,8 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.push(Case::new("alone: NTFS with its dirty flag", NTFS.needs(&["qemu-img"]), dirty_ntfs));
     cases.push(Case::new("alone: FAT32 with its dirty bit", Kind::Fat32.needs(&["qemu-img"]), dirty_fat));
     cases.push(Case::new("alone: swap", Needs::tools(&["mkswap", "qemu-img"]), swap));
+    cases.push(Case::new("alone: LUKS of both kinds", Needs::tools(&["cryptsetup", "qemu-img"]), luks));
+    cases.push(Case::new("alone: btrfs", Needs::tools(&["mkfs.btrfs", "qemu-img"]), btrfs));
     for (name, offset, bytes) in SIGNATURES.iter().copied() {
         let run = move || signature(name, offset, bytes);
         cases.push(Case::new(format!("alone: {name}"), Needs::tools(&["qemu-img"]), run));
@@ -112,6 +114,30 @@ fn swap() {
     let disk = noise(&scratch);
     tool("mkswap", &[text(&disk)]);
     left_alone(&scratch, &disk, &["Linux swap"]);
+}
+
+fn luks() {
+    for kind in ["luks1", "luks2"] {
+        let scratch = Scratch::new();
+        let disk = scratch.write("disk.raw", &Rng::new(18).bytes(24 * MIB as usize));
+        let key = scratch.write("key", b"a long passphrase");
+        // As few rounds as it takes: nothing is kept in it.
+        let quickly: &[&str] = match kind {
+            "luks1" => &["--pbkdf-force-iterations", "1000"],
+            _ => &["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"],
+        };
+        let command = ["luksFormat", "-q", "--type", kind, "--key-file", text(&key)];
+        tool("cryptsetup", &[&command, quickly, &[text(&disk)]].concat());
+        left_alone(&scratch, &disk, &["LUKS"]);
+    }
+}
+
+fn btrfs() {
+    let scratch = Scratch::new();
+    let disk = scratch.join("disk.raw");
+    File::create(&disk).unwrap().set_len(200 * MIB).unwrap();
+    tool("mkfs.btrfs", &["-q", "--rootdir", text(&tree(&scratch, 3, 8)), text(&disk)]);
+    left_alone(&scratch, &disk, &["btrfs"]);
 }
 
 fn signature(name: &str, offset: u64, bytes: &[u8]) {

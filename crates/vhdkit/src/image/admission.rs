@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::finding::{Code, FailFast, Findings, Location, Strictness};
 use crate::format::metadata::DiskType;
 use crate::format::space::TakenRange;
+use crate::storage::is_resizable;
 
 /// What the caller allows.
 #[derive(Clone, Copy, Debug)]
@@ -40,7 +41,7 @@ pub(super) fn admit(layer: &Layer, admission: &Admission) -> Result<Writer> {
         return Err(needs_replay());
     }
     let (there, wanted) = (layer.view().physical_size(), layer.view().size());
-    if header.is_dirty() && wanted > there && !can_grow(layer) {
+    if header.is_dirty() && wanted > there && !is_resizable(layer.storage().as_ref()) {
         let what = format!("the log wants {wanted:#x} bytes for the file, and the device has {there:#x}");
         return Err(
             Error::new(ErrorKind::Truncated, what).with_hint("copy the image to a file or a larger device first")
@@ -62,12 +63,4 @@ pub(super) fn admit(layer: &Layer, admission: &Admission) -> Result<Writer> {
     let mut writer = Writer::new(Commit::new(layer.headers()), header, space, is_fixed);
     writer.broken = admission.broken;
     Ok(writer)
-}
-
-/// Whether the file can be made longer: a block device cannot.
-fn can_grow(layer: &Layer) -> bool {
-    let is_device = |file: &std::fs::File| {
-        file.metadata().is_ok_and(|metadata| std::os::unix::fs::FileTypeExt::is_block_device(&metadata.file_type()))
-    };
-    !layer.storage().as_file().is_some_and(is_device)
 }

@@ -22,7 +22,7 @@ use crate::format::metadata::{self, Metadata};
 use crate::format::region::{self, RegionTable, decode_tables};
 use crate::format::space::TakenSpace;
 use crate::format::{DISK_SIZE_MAX, HEADER_SECTION_BYTES};
-use crate::storage::{LockReport, Storage};
+use crate::storage::{LockReport, Storage, is_resizable};
 use crate::units::FileOffset;
 
 /// The largest BAT region that any disk can need: 64 TiB in blocks of 1 MiB, bitmap entries included, is 513 MiB.
@@ -220,7 +220,8 @@ impl Layer {
     /// Bytes that the file occupies on its file system, holes not counted; `None` when that cannot be told.
     #[must_use]
     pub fn disk_usage(&self) -> Option<u64> {
-        let metadata = self.loaded.view.storage().as_file()?.metadata().ok()?;
+        let storage = self.loaded.view.storage();
+        let metadata = storage.as_file().filter(|_| is_resizable(storage.as_ref()))?.metadata().ok()?;
         Some(std::os::unix::fs::MetadataExt::blocks(&metadata) * 512) // st_blocks counts in 512 bytes
     }
 

@@ -75,6 +75,11 @@ fn plan(layer: &Layer, options: &SetOptions) -> Result<Plan> {
     let metadata = layer.metadata();
     let mut plan = Plan { items: Vec::new(), changes: Vec::new(), visible: false };
     let flags = FLAG_REQUIRED | FLAG_VIRTUAL_DISK;
+    if options.disk_id == Some(Guid::NIL) {
+        let error =
+            Error::new(ErrorKind::InvalidArgument, "the identity of a disk has to tell it apart, and is not nil");
+        return Err(error.with_hint("draw a new one, for example with `uuidgen`"));
+    }
     if let Some(id) = options.disk_id.filter(|id| *id != metadata.disk_id) {
         plan.changes.push(format!("virtual disk ID {} becomes {id}", metadata.disk_id));
         plan.items.push(ItemChange { id: VIRTUAL_DISK_ID, is_user: false, value: Some((flags, id.stored().to_vec())) });

@@ -193,6 +193,14 @@ pub trait Storage: Debug + Send + Sync {
     }
 }
 
+/// Whether the length of a storage can change: that of a block device cannot.
+pub(crate) fn is_resizable(storage: &dyn Storage) -> bool {
+    let is_device = |file: &File| {
+        file.metadata().is_ok_and(|metadata| std::os::unix::fs::FileTypeExt::is_block_device(&metadata.file_type()))
+    };
+    !storage.as_file().is_some_and(is_device)
+}
+
 /// Zeros to write from, for storage that has no better way.
 static ZEROS: [u8; 256 * 1024] = [0; 256 * 1024];
 

@@ -16,6 +16,7 @@ use crate::image::scan::scan_marks;
 use crate::image::session::Identity;
 use crate::image::structure::Edit;
 use crate::image::{BlockDevice as _, Image, Layer};
+use crate::storage::is_resizable;
 use crate::units::{BlockIndex, MIB};
 use blocks::{BlockSet, FreeBlocks, Unneeded, find_unneeded};
 
@@ -107,6 +108,10 @@ pub fn compact_as_planned(
         ..CompactReport::default()
     };
     let is_fixed = layer.metadata().disk_type() == DiskType::Fixed;
+    if !is_resizable(layer.storage().as_ref()) {
+        let remark = "the image lies on a block device, which keeps its size: what is not needed at its end is free";
+        report.remarks.push(remark.to_owned());
+    }
     if is_fixed {
         let remark = "the disk is fixed: its blocks stay allocated (`vhdkit convert` makes a dynamic disk of it)";
         report.remarks.push(remark.to_owned());
@@ -226,7 +231,8 @@ fn expected_size(layer: &Layer, dropped: u64, progress: &dyn Progress) -> Result
     let mut findings = FailFast::new(layer.rules().strictness);
     let (_, marks) = scan_marks(layer, &mut findings, &mut |_, _| advance(progress, 0, None))?;
     let owned = (marks.count() * MIB).saturating_sub(dropped * layer.geometry().block_size());
-    Ok(owned.min(layer.view().physical_size()))
+    let size = layer.view().physical_size();
+    Ok(if is_resizable(layer.storage().as_ref()) { owned.min(size) } else { size })
 }
 
 fn run(image: &Image, unneeded: &Unneeded, report: &mut CompactReport, progress: &dyn Progress) -> Result<()> {

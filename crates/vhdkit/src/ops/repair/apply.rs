@@ -3,7 +3,8 @@
 //! The undo record is whole and durable before the first byte of the image changes, so a crash at any later moment, and
 //! what a medium makes of writes that were under way, can be undone. The order after that is the one of a session of
 //! writing: headers with new write GUIDs first, what new entries lead to before the entries, and a log is declared empty
-//! only when all of it is in place. A crash in between leaves a file that is planned for in the same way again.
+//! only when all of it is in place. After a crash in between the record is put back, which gives the file that was planned for;
+//! from what a crash left a new plan may leave more alone, as copies that nothing names yet look like somebody's data.
 
 use super::undo::{self, UndoReport};
 use super::{Draft, RepairPlan};

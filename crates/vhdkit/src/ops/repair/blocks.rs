@@ -158,7 +158,7 @@ impl Planner {
                 self.act(finding, what, lost);
                 Ok(true)
             }
-            Decision::Extend { .. } if !self.can_grow() => Ok(false),
+            Decision::Extend { .. } if !self.is_resizable() => Ok(false),
             Decision::Extend { lost } => {
                 let end = rules.owned_range(slot, entry).map_or(0, |range| range.end);
                 let length = round_up(end, MIB).unwrap_or(end).max(self.draft.length());
@@ -363,7 +363,7 @@ impl Context<'_> {
         }
         let length = range.end - range.start;
         // Nobody means to double a file.
-        if *self.copied + length > self.rules().file_size.get() || !self.planner.can_grow() {
+        if *self.copied + length > self.rules().file_size.get() || !self.planner.is_resizable() {
             return Ok(Decision::Leave);
         }
         *self.copied += length;

@@ -201,7 +201,7 @@ impl Planner {
                     sequence.as_ref().and_then(|sequence| sequence.head()).map(|head| head.flushed_file_offset);
                 let size = self.draft.length();
                 let Some(wanted) = flushed.and_then(|flushed| round_up(flushed, MIB)) else { return Ok(Step::Stop) };
-                if wanted <= size || wanted - size > self.options.growth_max || !self.can_grow() {
+                if wanted <= size || wanted - size > self.options.growth_max || !self.is_resizable() {
                     return Ok(Step::Stop);
                 }
                 self.draft.set_length(wanted);
@@ -233,7 +233,7 @@ impl Planner {
         let used = regions_end.max(marks.end().saturating_mul(MIB));
         if self.needs_log {
             let start = round_up(used.max(self.draft.length()), MIB).unwrap_or(u64::MAX);
-            let Some(end) = start.checked_add(NEW_LOG_BYTES).filter(|_| self.can_grow()) else { return Ok(()) };
+            let Some(end) = start.checked_add(NEW_LOG_BYTES).filter(|_| self.is_resizable()) else { return Ok(()) };
             self.draft.set_length(end);
             self.change_header(|header| {
                 header.log_offset = start;
@@ -243,7 +243,7 @@ impl Planner {
         }
         let length = self.draft.length();
         let clean = findings.count(crate::format::finding::Severity::Error) == 0;
-        if is_fixed || !clean || used >= length || !self.is_zero(used..length)? {
+        if is_fixed || !clean || used >= length || !self.is_resizable() || !self.is_zero(used..length)? {
             return Ok(());
         }
         if !is_zero(self.draft.base(), used..length.min(self.draft.base_length()))? {

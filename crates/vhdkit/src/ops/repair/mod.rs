@@ -31,7 +31,7 @@ use crate::format::guid::Guid;
 use crate::format::header::Header;
 use crate::format::log::GROWTH_MAX;
 use crate::image::layer::Layer;
-use crate::storage::Storage;
+use crate::storage::{Storage, is_resizable};
 
 use draft::Draft;
 
@@ -286,13 +286,9 @@ impl Planner {
         }
     }
 
-    /// Whether the file can be made longer: a block device cannot.
-    fn can_grow(&self) -> bool {
-        let is_device = |file: &std::fs::File| {
-            let metadata = file.metadata();
-            metadata.is_ok_and(|metadata| std::os::unix::fs::FileTypeExt::is_block_device(&metadata.file_type()))
-        };
-        !self.draft.base().as_file().is_some_and(is_device)
+    /// Whether the file can be made longer or shorter.
+    fn is_resizable(&self) -> bool {
+        is_resizable(self.draft.base().as_ref())
     }
 
     /// The draft as the storage that decoders take.

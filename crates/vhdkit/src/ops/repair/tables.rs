@@ -89,7 +89,7 @@ impl Planner {
         let Some(wanted) = round_up(wanted, MIB).filter(|wanted| wanted - size <= self.options.growth_max) else {
             return;
         };
-        if wanted > size && !self.can_grow() {
+        if wanted > size && !self.is_resizable() {
             return;
         }
         self.draft.set_length(wanted);
