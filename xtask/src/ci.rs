@@ -71,7 +71,8 @@ fn test() -> Outcome {
 
 /// Test programs that go through more states without debug assertions, as users run the library, than with them. The others
 /// would find there what they find in the other run, and cost a quarter of an hour.
-const RELEASE_TESTS: [&str; 6] = ["crash", "crash_ops", "apply_crash", "maintain_model", "write_model", "write_threads"];
+const RELEASE_TESTS: [&str; 6] =
+    ["crash", "crash_ops", "apply_crash", "maintain_model", "write_model", "write_threads"];
 
 /// Without debug assertions. Linked plainly: link-time optimization of the test programs would take longer than the tests.
 fn test_release() -> Outcome {

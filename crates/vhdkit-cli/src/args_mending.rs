@@ -29,10 +29,10 @@ pub(crate) struct RepairArgs {
     /// Do what the plan says
     #[arg(long)]
     pub(crate) apply: bool,
-    /// Print the plan and change nothing, as without --apply
-    #[arg(long, conflicts_with_all = ["apply", "restore"])]
+    /// Say what would be done and change nothing, as without --apply
+    #[arg(long, conflicts_with = "apply")]
     pub(crate) dry_run: bool,
-    /// Where the undo record goes, instead of IMAGE.undo; it must not exist. (An IMAGE.undo that was put back is replaced)
+    /// Where the undo record goes, instead of IMAGE.undo; it must not exist. (An IMAGE.undo that was put back gets another name)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "apply")]
     pub(crate) undo: Option<PathBuf>,
     /// Put this undo record back

@@ -34,6 +34,11 @@ fn has_name(path: &Path, names: &[&str]) -> bool {
     path.extension().is_some_and(|extension| names.iter().any(|name| extension.eq_ignore_ascii_case(name)))
 }
 
+/// True for a name that says that the file is a raw disk.
+pub(crate) fn is_raw_name(path: &Path) -> bool {
+    has_name(path, &RAW_NAMES)
+}
+
 /// True for "-", which is standard input or standard output.
 pub(crate) fn is_standard_stream(path: &Path) -> bool {
     path.as_os_str() == "-"

@@ -30,6 +30,14 @@ pub(crate) struct Session<'a> {
     headers: Option<Vec<u8>>,
 }
 
+/// What a dry run of something that writes ends with, once its plan is printed: what the real one would say to the log.
+pub(crate) fn refuse_dirty(image: &Image, path: &Path, args: &WritingArgs) -> Result<(), Failure> {
+    match image.layers().first() {
+        Some(layer) if !args.replay => Ok(layer.refuse_dirty().map_err(|error| error.with_path(path))?),
+        _ => Ok(()),
+    }
+}
+
 impl<'a> Session<'a> {
     /// Opens an image for writing, with the parents that the options allow.
     pub(crate) fn open(context: &'a Context, path: &'a Path, args: &WritingArgs) -> Result<Self, Failure> {

@@ -71,7 +71,11 @@ fn a_record_that_was_put_back_makes_room() {
     // Neither is there a record to a pipe.
     let run = scratch.run(&["repair", "a.vhdx", "--apply", "--undo", "-"]).expect(2);
     assert!(run.err.contains("--undo FILE"), "{}", run.err);
-    std::fs::remove_file(scratch.join("a.vhdx.undo")).unwrap();
+    let run = scratch.run(&["repair", "a.vhdx", "--restore", "a.vhdx.undo", "--dry-run"]).expect(0);
+    assert!(run.out.contains("0 bytes would be put back"), "{}", run.out);
+    for name in ["a.vhdx.undo", "a.vhdx.undo.1", "a.vhdx.undo.2"] {
+        std::fs::remove_file(scratch.join(name)).unwrap();
+    }
     assert_eq!(scratch.sums(), sums);
 }
 

@@ -144,3 +144,83 @@ fn what_is_no_image_is_refused() {
         assert_eq!(target.len().unwrap(), 0);
     }
 }
+
+/// Written zeros are no part of the table behind them.
+#[test]
+fn zeros_before_a_table_are_not_its_beginning() {
+    let whole = dynamic().build();
+    let bat = whole.layout.bat;
+    for size in [None, Some(24 * MIB)] {
+        let image = dynamic().patch(0, &vec![0; bat as usize]).build();
+        let (report, same) =
+            recovered(&image, &RecoverOptions { disk_size: size, block_size: Some(2 << 20), ..Default::default() });
+        let place = format!("found by its shape at {bat:#x}");
+        assert!(report.parts.iter().any(|part| part.detail == place), "{report:?}");
+        assert!(report.blocks_guessed == 10 && report.blocks_certain == 0 && !report.is_certain(), "{report:?}");
+        if report.disk_size == 24 * MIB {
+            assert_eq!(same, Ok(()), "{report:?}");
+        }
+    }
+}
+
+/// The entry of a block that the file cuts names its place like any other.
+#[test]
+fn a_last_block_that_the_file_cuts_is_found_where_its_entry_says() {
+    let half = MIB / 2;
+    let builder = ImageBuilder::new(10 * MIB + half, 1 << 20);
+    let builder = builder.block(0, BlockSpec::present(Content::Sparse { seed: 1, stride: 7 }));
+    let builder = builder.block(10, BlockSpec::present(Content::Sparse { seed: 2, stride: 7 }));
+    let whole = builder.build();
+    let place = whole.layout.payload_block(10);
+    for entry in [place | 6 | 0x10, place | 4] {
+        let image = builder.clone().with(|builder| {
+            builder.bat_raw.insert(10, entry);
+        });
+        let file = storage(&image.build().file);
+        file.set_len(place + half).unwrap();
+        let target: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let report = recover(&file, None, &target, &RecoverOptions::default(), &()).unwrap();
+        assert!(report.blocks_lost == 0 && report.bytes_unplaced == 0, "{report:?}");
+        let disk = OpenOptions::new().open(target, None).unwrap();
+        let same = whole.model.compare_with(|offset, buffer| {
+            disk.read_at(buffer, offset).map_err(|error| std::io::Error::other(error.to_string()))
+        });
+        assert_eq!(same, Ok(()));
+    }
+}
+
+/// A damaged size is not taken for certain where the table says something else.
+#[test]
+fn a_size_that_the_table_contradicts_is_doubted() {
+    let whole = dynamic().build();
+    let item = (0..64)
+        .map(|number| whole.layout.metadata + (64 << 10) + number * 8)
+        .find(|place| {
+            let mut bytes = [0; 8];
+            storage(&whole.file).read_at(&mut bytes, *place).unwrap();
+            u64::from_le_bytes(bytes) == 24 * MIB
+        })
+        .unwrap();
+    let with_size = |size: u64| dynamic().patch(item, &size.to_le_bytes()).build();
+    let (report, _) = recovered(&with_size(8 * MIB), &RecoverOptions::default());
+    assert!(report.parts.iter().any(|part| part.name == "disk size" && part.detail.contains("--size")), "{report:?}");
+    assert!(!report.is_certain() && report.disk_size == 8 * MIB, "{report:?}");
+    let (report, same) =
+        recovered(&with_size(8 * MIB), &RecoverOptions { disk_size: Some(24 * MIB), ..Default::default() });
+    assert_eq!(same, Ok(()), "{report:?}");
+    // More blocks than the table has room for.
+    let (report, _) = recovered(&with_size(4 << 40), &RecoverOptions::default());
+    assert!(report.disk_size == 22 * MIB && report.blocks_lost == 0 && !report.is_certain(), "{report:?}");
+}
+
+#[test]
+fn what_is_given_against_the_metadata_is_not_certain() {
+    let image = dynamic().build();
+    let (report, same) = recovered(&image, &RecoverOptions { logical_sector_size: Some(4096), ..Default::default() });
+    assert_eq!(same, Ok(()));
+    assert!(!report.is_certain(), "{report:?}");
+    let target: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    let odd = RecoverOptions { disk_size: Some(3), ..Default::default() };
+    let error = recover(&storage(&image.file), None, &target, &odd, &()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+}

@@ -203,6 +203,41 @@ fn without_a_beginning(kind: &str, block: u64) {
     }
 }
 
+/// An image of a smaller disk lies in the file system. Its table and backup are not those of the disk around it.
+fn a_disk_inside_a_disk() {
+    for all_gone in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        file_system(directory.path(), "ext4");
+        let inner = directory.path().join("inner.raw");
+        let mut rng = Rng::new(6);
+        std::fs::write(&inner, rng.bytes(24 * MIB as usize)).unwrap();
+        assert_success(&run_tool("sgdisk", &["-o", "-n", "1:2048:0", text(&inner)]));
+        let raw = File::options().write(true).open(directory.path().join("disk.raw")).unwrap();
+        raw.write_all_at(&std::fs::read(&inner).unwrap(), 200 * MIB).unwrap();
+        image(directory.path());
+        let file = File::options().read(true).write(true).open(directory.path().join("disk.vhdx")).unwrap();
+        let (bat, metadata) = regions(&file);
+        if all_gone {
+            zero(&file, 0, bat.max(metadata) + MIB);
+        } else {
+            zero(&file, bat, MIB);
+        }
+        let report = recovered_with(
+            directory.path(),
+            &RecoverOptions { block_size: Some(1 << 20), ..RecoverOptions::default() },
+        );
+        assert_eq!(report.disk_size, 300 * MIB, "{report:?}");
+        assert!(!report.is_certain());
+        let out = directory.path().join("out.raw");
+        assert_success(&qemu_img(&["convert", "-O", "raw", text(&directory.path().join("rescued.vhdx")), text(&out)]));
+        let (out, raw) = (File::open(out).unwrap(), File::open(directory.path().join("disk.raw")).unwrap());
+        let (mut one, mut other) = (vec![0; MIB as usize], vec![0; MIB as usize]);
+        out.read_exact_at(&mut one, 0).unwrap();
+        raw.read_exact_at(&mut other, 0).unwrap();
+        assert!(one == other, "the beginning of the disk is that of another");
+    }
+}
+
 /// QEMU's own images, broken and repaired in place, are what they were to QEMU; and put back they are what they were to the byte.
 fn repaired_in_place() {
     for number in 0..4 {
@@ -254,6 +289,7 @@ fn main() {
         }),
         Case::new("ext superblocks come to their places without a BAT", tools(), without_a_table),
         Case::new("QEMU's images are repaired in place", tools(), repaired_in_place),
+        Case::new("a disk inside a disk", Needs::tools(&["qemu-img", "mkfs.ext4", "sgdisk"]), a_disk_inside_a_disk),
         Case::new(
             "XFS without the beginning of its image",
             Needs::tools(&["qemu-img", "mkfs.xfs", "xfs_repair"]),

@@ -68,3 +68,27 @@ fn two_blocks_at_one_place_may_have_left_a_third() {
     let other = builder.build().layout.payload_block(1);
     left_alone(&with_entry(&builder, 0, |entry| (entry & 0xf) | other));
 }
+
+/// A disk whose last block is half behind its end, in a file that ends with the disk: a valid image.
+#[test]
+fn the_last_block_may_reach_over_the_end_of_the_file() {
+    let half = MIB / 2;
+    let builder = ImageBuilder::new(10 * MIB + half, 1 << 20).block(0, sparse(1)).block(10, sparse(2));
+    let parent = Arc::new(ImageBuilder::new(10 * MIB + half, 1 << 20).named("p.vhdx").build());
+    let child = builder.clone().differencing(&parent);
+    let cut = |image: &BuiltImage| {
+        let sim = SimStorage::from_pages(PageMap::from(&image.file));
+        sim.set_len(image.layout.payload_block(10) + half).unwrap();
+        let storage: Arc<dyn Storage> = Arc::new(sim);
+        plan(&storage, None, &RepairOptions::default(), &()).unwrap()
+    };
+    let sound = cut(&builder.build());
+    assert!(sound.actions.iter().all(|action| action.lost.is_none()), "{:?}", sound.actions);
+    for (number, builder, flip) in
+        [(0, &child, 7 ^ 6 ^ 5), (1, &child, 2 ^ 6), (2, &builder, 2 ^ 6), (3, &builder, 0x10), (4, &builder, 4 ^ 6)]
+    {
+        let plan = cut(&with_entry(builder, 10, |entry| if number == 0 { (entry & !7) | 5 } else { entry ^ flip }));
+        let changed = plan.actions.iter().any(|action| action.what.contains("UN") || action.what.contains("offset"));
+        assert!(!plan.mends_everything() && !changed, "{number}: {:?}", plan.actions);
+    }
+}

@@ -115,6 +115,38 @@ pub(super) fn compact_moving(bench: &Bench) -> Outcome<Row> {
     Ok(Row { title, measured, goals, unit: Unit::Seconds })
 }
 
+/// The same on a disk, to the medium: there the file system may share what is copied, for both.
+pub(super) fn compact_moving_on_disk(bench: &Bench) -> Outcome<Row> {
+    let [source, ours, raw, copied] = ["source.vhdx", "ours.vhdx", "raw", "copied"].map(|name| bench.disk.join(name));
+    with_a_hole(bench, &source)?;
+    remove(&raw)?;
+    super::rows::dense(&raw, MOVED_BYTES)?;
+    let words = ["compact", "--quiet", "--no-zero-scan", "--no-filesystems"];
+    let sync = |path: &Path| shell::output(Command::new("sync").arg(path)).map(drop);
+    let run_ours = || {
+        copy(&source, &ours)?;
+        sync(&ours)?;
+        seconds(Command::new(&bench.vhdkit).args(words).arg(&ours))
+    };
+    let run_cp = || {
+        remove(&copied)?;
+        let start = Instant::now();
+        shell::output(Command::new(CP).args(["--sparse=never", "--reflink=never"]).args([&raw, &copied]))?;
+        sync(&copied)?;
+        Ok(start.elapsed().as_secs_f64())
+    };
+    let samplers = vec![
+        Sampler::new(OURS, format!("vhdkit {} $D/ours.vhdx", words.join(" ")), run_ours),
+        Sampler::new(CP, "cp --sparse=never --reflink=never of 512 MiB, then sync", run_cp),
+    ];
+    let measured = alternate_samples(samplers, bench.rounds);
+    for file in [&source, &ours, &raw, &copied] {
+        remove(file)?;
+    }
+    let title = "The same on a disk (XFS), everything synced before and at the end.";
+    Ok(Row { title, measured, goals: vec![Goal::Ratio(CP, 1.1)], unit: Unit::Seconds })
+}
+
 /// Looking what would be gained, with nothing in the page cache.
 pub(super) fn compact_dry_run(bench: &Bench) -> Outcome<Row> {
     let [raw, image] = ["ext4.raw", "ext4.vhdx"].map(|name| bench.disk.join(name));

@@ -20,7 +20,7 @@ use crate::shell::{self, Outcome};
 type Make = fn(&Bench) -> Outcome<Row>;
 
 /// Every row, by name.
-pub(crate) const ROWS: [(&str, Make); 38] = [
+pub(crate) const ROWS: [(&str, Make); 39] = [
     ("dense raw to VHDX", dense_in),
     ("dense VHDX to raw", dense_out),
     ("sparse raw to VHDX", sparse_in),
@@ -44,6 +44,7 @@ pub(crate) const ROWS: [(&str, Make); 38] = [
     ("sequential write on a disk", writes::sequential_on_disk),
     ("memory of writing 64 TiB", writes::memory),
     ("compact, moving", maintain::compact_moving),
+    ("compact, moving on a disk", maintain::compact_moving_on_disk),
     ("compact, dry run of 1 TiB", maintain::compact_dry_run),
     ("merge", maintain::merge),
     ("resize", maintain::resize),

@@ -15,7 +15,7 @@ use crate::progress::Bar;
 use crate::show;
 use crate::sizes;
 use crate::ui::Ui;
-use crate::writing::Session;
+use crate::writing::{Session, refuse_dirty};
 
 /// Compacts.
 pub(crate) fn run(context: &Context, args: &CompactArgs) -> Result<Answer, Failure> {
@@ -23,6 +23,7 @@ pub(crate) fn run(context: &Context, args: &CompactArgs) -> Result<Answer, Failu
         crate::commands::info::refuse_raw(context, &args.image, args.writing.from.from)?;
         let image = open_image(context, &args.image)?;
         let options = options(context, args, &image)?;
+        let refusal = refuse_dirty(&image, &args.image, &args.writing);
         let bar = Bar::new("looking", &context.ui, &context.interrupt);
         let mut plan = None;
         let found = compact_as_planned(image, &options, &mut |expected| plan = Some(expected.clone()), &bar);
@@ -32,6 +33,7 @@ pub(crate) fn run(context: &Context, args: &CompactArgs) -> Result<Answer, Failu
             report(context, args, &plan, Value::Null, "")?;
         }
         found.map_err(|error| error.with_path(&args.image))?;
+        refusal?;
         return Ok(Answer::Yes);
     }
     let session = Session::open(context, &args.image, &args.writing)?;
@@ -94,7 +96,7 @@ fn report(
             "free_blocks": done.free_blocks,
             "unneeded_blocks": done.unneeded_blocks,
             "bitmaps": done.bitmaps,
-            "moved": done.moved,
+            "moved": if args.dry_run { Value::Null } else { json!(done.moved) },
             "regions_moved": done.regions_moved,
             "bytes_read": done.bytes_read,
             "remarks": done.remarks,
@@ -110,6 +112,8 @@ fn report(
     if args.dry_run {
         let (old, new) = (sizes::short(old), sizes::short(new));
         writeln!(out, "{file}: the file of {old} would have about {new}, {gain} less; nothing was changed")?;
+    } else if old == new && done.zero_blocks + done.free_blocks + done.unneeded_blocks + done.moved > 0 {
+        writeln!(out, "{file}: the file still has {}, with more free space in it{replayed}", sizes::short(old))?;
     } else if old == new {
         writeln!(out, "{file}: the file has {} and cannot be made smaller{replayed}", sizes::short(old))?;
     } else {
@@ -120,10 +124,11 @@ fn report(
         writeln!(out, "  on its file system: {}, before {}", sizes::short(after), sizes::short(before))?;
     }
     let block = sizes::short(done.block_size);
+    let moved = if args.dry_run { String::new() } else { format!("; {} moved", done.moved) };
     writeln!(
         out,
-        "  of {} blocks of {block}: {} all zero, {} free in file systems, {} without contents; {} moved",
-        done.blocks, done.zero_blocks, done.free_blocks, done.unneeded_blocks, done.moved
+        "  of {} blocks of {block}: {} all zero, {} free in file systems, {} without contents{moved}",
+        done.blocks, done.zero_blocks, done.free_blocks, done.unneeded_blocks
     )?;
     for remark in &done.remarks {
         writeln!(out, "  {remark}")?;

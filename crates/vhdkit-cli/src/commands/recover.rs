@@ -15,6 +15,7 @@ use super::info::refuse_raw;
 use crate::args_mending::RecoverArgs;
 use crate::cli::Context;
 use crate::failure::{Answer, Failure};
+use crate::formats::is_raw_name;
 use crate::opening::{check_parent_options, open_options, sharing, warn_about};
 use crate::progress::Bar;
 use crate::show;
@@ -28,6 +29,11 @@ const NAME_WIDTH: usize = 14;
 /// Recovers.
 pub(crate) fn run(context: &Context, args: &RecoverArgs) -> Result<Answer, Failure> {
     refuse_raw(context, &args.image, args.from.from)?;
+    if is_raw_name(&args.target) {
+        let what =
+            format!("what is recovered becomes a VHDX, and {} is the name of a raw disk", show::path(&args.target));
+        return Err(Failure::usage(what, "name it .vhdx; `vhdkit convert` makes a raw disk of it afterwards"));
+    }
     check_parent_options(&context.global)?;
     let storage = FileStorage::open(&args.image, FileAccess::Read, sharing(&context.global))?;
     if let Some(note) = &storage.lock_report().note {
@@ -154,7 +160,10 @@ fn write(out: &mut dyn Write, target: &Path, report: &RecoverReport) -> io::Resu
     if report.bytes_unplaced > 0 {
         let first = report.unplaced.first().map_or(0, |range| range.start);
         let bytes = sizes::short(report.bytes_unplaced);
-        line("unplaced", format!("{bytes} of data that no entry leads to, from {first:#x} of the file on"))?;
+        line(
+            "unplaced",
+            format!("{bytes} of data that no entry of the disk leads to, from {first:#x} of the file on"),
+        )?;
     }
     if !report.recognised.is_empty() {
         line("recognised", escape(&report.recognised.join(", ")).into_owned())?;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use vhdkit::format::finding::Severity;
 use vhdkit::ops::chain::{ParentFile, directory_of};
 use vhdkit::ops::check::CheckReport;
-use vhdkit::ops::repair::{RepairOptions, RepairPlan, Restored, apply, is_spent, plan, restore};
+use vhdkit::ops::repair::{RepairOptions, RepairPlan, Restored, apply, is_spent, plan, plan_restore, restore};
 use vhdkit::storage::{FileAccess, FileStorage, NewFile, NewFileOptions, Sharing, Storage};
 use vhdkit::text::escape;
 use vhdkit::{Error, ErrorKind};
@@ -31,7 +31,7 @@ pub(crate) fn run(context: &Context, args: &RepairArgs) -> Result<Answer, Failur
     refuse_raw(context, &args.image, args.from.from)?;
     check_parent_options(&context.global)?;
     if let Some(record) = &args.restore {
-        return put_back(context, &args.image, record);
+        return put_back(context, args, record);
     }
     let record = if args.apply { Some(record_path(args)?) } else { None };
     let storage = open(context, &args.image, args.apply)?;
@@ -118,8 +118,10 @@ fn carry_out(
     let undo_it =
         format!("vhdkit repair {} --restore {}", show::quoted(path.as_os_str()), show::quoted(record.as_os_str()));
     // One that was named may be that of a copy of the image.
-    let replace = args.undo.is_none() && is_spent_record(context, storage, record)?;
-    let file = NewFile::create(record, NewFileOptions { replace, ..NewFileOptions::default() });
+    if args.undo.is_none() && is_spent_record(context, storage, record)? {
+        set_aside(context, record)?;
+    }
+    let file = NewFile::create(record, NewFileOptions::default());
     let file = file.map_err(|error| match error.kind() {
         ErrorKind::Exists => error.with_hint(format!(
             "if it is the record of an earlier repair, `{undo_it}` puts that back; or name another one with --undo FILE"
@@ -143,6 +145,22 @@ fn carry_out(
     Ok(())
 }
 
+/// Gives a record that has nothing to put back another name: a copy of the image may need it.
+fn set_aside(context: &Context, record: &Path) -> Result<(), Failure> {
+    let numbered = |number: u32| {
+        let mut name = record.as_os_str().to_owned();
+        name.push(format!(".{number}"));
+        PathBuf::from(name)
+    };
+    let is_free = |path: &PathBuf| std::fs::symlink_metadata(path).is_err();
+    let Some(kept) = (1..=1000).map(numbered).find(is_free) else { return Ok(()) };
+    let renamed = std::fs::rename(record, &kept);
+    renamed.map_err(|error| Error::io("cannot give the earlier undo record another name", error).with_path(record))?;
+    let what = format!("the earlier undo record, which has nothing to put back here, is {} now", show::path(&kept));
+    context.ui.warn(None, &what);
+    Ok(())
+}
+
 /// Whether there is a record already that has nothing to put back: it was put back before, or never needed.
 fn is_spent_record(context: &Context, storage: &Arc<dyn Storage>, record: &Path) -> Result<bool, Failure> {
     let is_file = std::fs::symlink_metadata(record).is_ok_and(|metadata| metadata.is_file());
@@ -158,33 +176,43 @@ fn is_spent_record(context: &Context, storage: &Arc<dyn Storage>, record: &Path)
     }
 }
 
-fn put_back(context: &Context, path: &Path, record: &Path) -> Result<Answer, Failure> {
+fn put_back(context: &Context, args: &RepairArgs, record: &Path) -> Result<Answer, Failure> {
+    let path = args.image.as_path();
     // Not locked: should it be the image itself, that is to be said, and not that it is in use.
     let undo = FileStorage::open(record, FileAccess::Read, Sharing::ForceShare)?;
-    let storage = open(context, path, true)?;
+    let storage = open(context, path, !args.dry_run)?;
     if storage.identity() == undo.identity() {
         return Err(Failure::usage("the record is the image itself", "name the record that `repair --apply` wrote"));
     }
     let bar = Bar::new("restoring", &context.ui, &context.interrupt);
-    let restored = restore(storage.as_ref(), &undo, &bar).map_err(|error| match error.kind() {
+    let put_back = if args.dry_run { plan_restore } else { restore };
+    let restored = put_back(storage.as_ref(), &undo, &bar).map_err(|error| match error.kind() {
         ErrorKind::InvalidArgument => error.with_path(record),
         _ => error.with_path(path),
     })?;
     drop(bar);
-    warn_of_change_tracking(context, path);
+    if !args.dry_run {
+        warn_of_change_tracking(context, path);
+    }
     let Restored { bytes, file_size_before, file_size_after } = restored;
     if context.ui.json {
         Ui::print_json(&json!({
             "file": show::path(path),
             "record": show::path(record),
-            "restored": true,
+            "restored": !args.dry_run,
+            "dry_run": args.dry_run,
             "bytes": bytes,
             "file_size_before": file_size_before,
             "file_size_after": file_size_after,
         }))?;
     } else if !context.ui.quiet {
         let mut out = context.ui.out();
-        writeln!(out, "{}: as it was before the repair, {} put back", show::path(path), sizes::short(bytes))?;
+        let (file, amount) = (show::path(path), sizes::short(bytes));
+        if args.dry_run {
+            writeln!(out, "{file}: {amount} would be put back; nothing was changed")?;
+        } else {
+            writeln!(out, "{file}: as it was before the repair, {amount} put back")?;
+        }
         out.flush()?;
     }
     Ok(Answer::Yes)

@@ -19,7 +19,7 @@ use crate::progress::Bar;
 use crate::show;
 use crate::sizes;
 use crate::ui::Ui;
-use crate::writing::Session;
+use crate::writing::{Session, refuse_dirty};
 
 /// Changes the size.
 pub(crate) fn run(context: &Context, args: &ResizeArgs) -> Result<Answer, Failure> {
@@ -27,13 +27,14 @@ pub(crate) fn run(context: &Context, args: &ResizeArgs) -> Result<Answer, Failur
         crate::commands::info::refuse_raw(context, &args.image, args.writing.from.from)?;
         let image = open_image(context, &args.image)?;
         let options = options(context, args, &image)?;
-        let children = refuse_children(context, args, &image, &options);
+        let refusal = refuse_children(context, args, &image, &options)
+            .and_then(|()| refuse_dirty(&image, &args.image, &args.writing));
         let bar = Bar::new("looking", &context.ui, &context.interrupt);
         let made = resize(image, &options, &bar).map_err(|error| error.with_path(&args.image))?;
         drop(bar);
-        // Also what would be refused for the sake of children is worth knowing.
+        // Also what would be refused is worth knowing.
         report(context, args, &made, Value::Null, "")?;
-        children?;
+        refusal?;
         return Ok(Answer::Yes);
     }
     let session = Session::open(context, &args.image, &args.writing)?;
@@ -55,7 +56,9 @@ fn refuse_children(
     options: &ResizeOptions,
 ) -> Result<(), Failure> {
     match image.layers().first() {
-        Some(layer) if options.size != image.size() => dependents::refuse(context, layer, &args.children),
+        Some(layer) if options.size != image.size() || options.move_backup_gpt => {
+            dependents::refuse(context, layer, &args.children)
+        }
         _ => Ok(()),
     }
 }
@@ -122,12 +125,14 @@ fn report(
             "bat_moves": made.bat_moves,
             "blocks": made.blocks,
             "first_data_cut": made.first_data_cut,
+            "cut_is_unused": made.cut_is_unused,
             "smallest_size": match &made.smallest {
                 Some(Smallest::SafeAt { bytes, .. }) => json!(bytes),
                 _ => Value::Null,
             },
             "backup_gpt": match made.backup_gpt {
                 BackupGpt::None => "none",
+                BackupGpt::Unknown => "unknown",
                 BackupGpt::LeftBehind => "left behind",
                 BackupGpt::Moved => "moved",
             },
@@ -144,13 +149,23 @@ fn report(
         let hint = "--move-backup-gpt puts it at the new end, as `sgdisk --move-second-header` does in the guest";
         context.ui.warn(Some(&args.image), &format!("{what}; {hint}"));
     }
+    if made.backup_gpt == BackupGpt::Unknown {
+        let what =
+            "the partition table cannot be followed: if it is a GPT, its backup is not at the end of the disk any more";
+        context.ui.warn(Some(&args.image), &format!("{what}; mend it with the tools of the guest"));
+    }
     if context.ui.quiet {
         return Ok(());
     }
     let mut out = context.ui.out();
     let (old, new) = (sizes::long(made.old_size), sizes::long(made.new_size));
     if made.old_size == made.new_size {
-        writeln!(out, "{file}: the disk has {old} already; nothing was changed")?;
+        let done = match (made.backup_gpt, args.dry_run) {
+            (BackupGpt::Moved, true) => "the backup GPT would be moved to its end; nothing was changed",
+            (BackupGpt::Moved, false) => "the backup GPT was moved to its end",
+            _ => "nothing was changed",
+        };
+        writeln!(out, "{file}: the disk has {old} already; {done}")?;
         return Ok(out.flush()?);
     }
     let verb = if args.dry_run { "would become" } else { "became" };
@@ -165,7 +180,8 @@ fn report(
     }
     if let Some(offset) = made.first_data_cut {
         let cut = if args.dry_run { "would be cut off" } else { "was cut off" };
-        writeln!(out, "  data {cut}, from {offset:#x} on")?;
+        let what = if made.cut_is_unused { "what no partition and no file system holds" } else { "data" };
+        writeln!(out, "  {what} {cut}, from {offset:#x} on")?;
     }
     if let Some(size) = made.new_file_size {
         writeln!(out, "  file: {}, before {}", sizes::short(size), sizes::short(made.old_file_size))?;

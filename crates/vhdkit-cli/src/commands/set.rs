@@ -16,7 +16,7 @@ use crate::failure::{Answer, Failure};
 use crate::opening::open_image;
 use crate::show;
 use crate::ui::Ui;
-use crate::writing::Session;
+use crate::writing::{Session, refuse_dirty};
 
 /// Changes items.
 pub(crate) fn run(context: &Context, args: &SetArgs) -> Result<Answer, Failure> {
@@ -24,11 +24,12 @@ pub(crate) fn run(context: &Context, args: &SetArgs) -> Result<Answer, Failure> 
     crate::commands::info::refuse_raw(context, &args.image, args.writing.from.from)?;
     if args.dry_run {
         let image = open_image(context, &args.image)?;
-        let children = refuse_children(context, args, &image, &options);
+        let refusal = refuse_children(context, args, &image, &options)
+            .and_then(|()| refuse_dirty(&image, &args.image, &args.writing));
         let plan = set(image, &options).map_err(|error| error.with_path(&args.image))?;
-        // Also what would be refused for the sake of children is worth knowing.
+        // Also what would be refused is worth knowing.
         report(context, args, &plan, Value::Null, "")?;
-        children?;
+        refusal?;
         return Ok(Answer::Yes);
     }
     let session = Session::open_alone(context, &args.image, &args.writing)?;

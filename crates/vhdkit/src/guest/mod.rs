@@ -361,6 +361,22 @@ impl Volume {
 }
 
 impl Survey {
+    /// Whether something on the disk is recognised, and not understood well enough to tell how far it reaches: also zeros at
+    /// the end may be part of it, such as blocks of a file system that a dirty journal is still to fill.
+    #[must_use]
+    pub fn end_may_matter(&self) -> bool {
+        let is_known = |volume: &Volume| !matches!(volume.kind, VolumeKind::Unknown | VolumeKind::Empty);
+        let left_alone = |volume: &Volume| matches!(volume.state, VolumeState::LeftAlone { .. });
+        match &self.table {
+            Table::Unusable { .. } => true,
+            Table::None => self.volumes.iter().any(|volume| is_known(volume) && left_alone(volume)),
+            _ => self
+                .volumes
+                .iter()
+                .any(|volume| matches!(volume.kind, VolumeKind::DynamicDisk | VolumeKind::StorageSpaces)),
+        }
+    }
+
     /// What reaches to the end of what is in use, for a message: a partition, or a file system. Names of partitions are
     /// escaped for printing.
     #[must_use]
@@ -401,6 +417,7 @@ impl Survey {
                 Some((_, VolumeState::Readable { size_bytes, .. })) => {
                     Smallest::SafeAt { bytes: *size_bytes, moves_backup_gpt: false }
                 }
+                Some((VolumeKind::Unknown, VolumeState::LeftAlone { reason })) => unknown(reason.clone()),
                 Some((kind, VolumeState::LeftAlone { reason })) => unknown(format!("it holds {kind}: {reason}")),
                 None => unknown("nothing is known of it".to_owned()),
             },

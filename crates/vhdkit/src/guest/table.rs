@@ -34,6 +34,16 @@ pub enum Table {
     },
 }
 
+impl Table {
+    /// Bytes that the backup of a GPT takes at the end of the disk.
+    pub(crate) const fn backup_bytes(&self) -> u64 {
+        match self {
+            Self::Gpt { backup_bytes, .. } => *backup_bytes,
+            _ => 0,
+        }
+    }
+}
+
 /// What the partition table says of a partition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PartitionInfo {

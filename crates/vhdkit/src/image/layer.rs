@@ -10,6 +10,7 @@ use super::bat::BatCache;
 use super::bitmap::BitmapCache;
 use super::extents::LayerCursor;
 use super::replay::{ReplayReport, count_touched, replay_into_memory};
+use super::session::needs_replay;
 use super::view::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat::BatRules;
@@ -215,6 +216,14 @@ impl Layer {
     #[must_use]
     pub fn file_size(&self) -> u64 {
         self.loaded.view.physical_size()
+    }
+
+    /// What opening for writing says to a log that was not put into place, when it may not be replayed.
+    ///
+    /// # Errors
+    /// [`NeedsReplay`](crate::ErrorKind::NeedsReplay) when there is such a log.
+    pub fn refuse_dirty(&self) -> Result<()> {
+        if self.headers().current.is_dirty() { Err(needs_replay()) } else { Ok(()) }
     }
 
     /// Bytes that the file occupies on its file system, holes not counted; `None` when that cannot be told.

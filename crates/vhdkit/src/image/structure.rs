@@ -331,7 +331,11 @@ impl Edit<'_> {
             let found = data.next_data(storage.as_ref(), position..end.max(position)).map_err(failed)?;
             let piece = found.unwrap_or(from.end..from.end);
             if to.holds == Holds::Stale && piece.start > position {
-                storage.zero_range(place(position)..place(piece.start)).map_err(failed)?;
+                // What takes no space takes none at its new place.
+                let hole = place(position)..place(piece.start);
+                if !storage.punch_hole(hole.clone()).map_err(failed)? {
+                    storage.zero_range(hole).map_err(failed)?;
+                }
             }
             position = piece.start;
             while position < piece.end {

@@ -205,9 +205,10 @@ fn judge_image(
     let found = data_write_guid(image).filter(|guid| !guid.is_nil());
     if found.is_some() && found == header.base.data_write_guid {
         // The identity stays the same in a whole session of writing: a copy from the middle of one has it, too.
-        if !options.unknown_base {
-            judge_contents(file, ApplyTarget::Image(image), options, progress)?;
+        if options.unknown_base && options.resume {
+            return Ok(Basis::Nothing); // what it holds is not known, and the result is not that of the increment
         }
+        judge_contents(file, ApplyTarget::Image(image), options, progress)?;
         return Ok(Basis::Identity);
     }
     if found == Some(header.id) {

@@ -85,6 +85,7 @@ pub fn merge(chain: Image, options: &MergeOptions, progress: &dyn Progress) -> R
     if options.dry_run {
         return Ok(report);
     }
+    merge.ask_for_access()?;
     let guid = Guid::random();
     merge.announce(merge.ancestor.headers().current.data_write_guid, guid)?;
     merge.write_ancestor(guid, report.data_bytes + report.zero_bytes, progress)?;
@@ -131,7 +132,8 @@ impl<'a> Merge<'a> {
             let what = format!("the merge would break {}", options.dependents.join(", "));
             return Err(refused(
                 what,
-                "they depend on a file that changes or that lies in between; merge or flatten (`vhdkit convert`) them first",
+                "they depend on a file that changes or goes; merge or flatten (`vhdkit convert`) them first. Children of the merged \
+                 image itself go on without --delete, and accept the ancestor then (`vhdkit reparent CHILD ANCESTOR`)",
             ));
         }
         for layer in [above, ancestor] {
@@ -188,6 +190,15 @@ impl<'a> Merge<'a> {
             }
             visit(&zero)
         })
+    }
+
+    /// Finds out, before the first write, that both files that change can be written.
+    fn ask_for_access(&self) -> Result<()> {
+        for layer in [self.ancestor, self.above] {
+            layer.storage().set_access(true).map_err(|error| layer.name_error(error))?;
+            layer.storage().set_access(false)?;
+        }
+        Ok(())
     }
 
     /// Opens a layer for writing, on the file that the chain has open.

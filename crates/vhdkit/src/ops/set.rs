@@ -5,7 +5,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::guid::Guid;
 use crate::format::items::ItemChange;
 use crate::format::metadata::{
-    FLAG_REQUIRED, FLAG_USER, FLAG_VIRTUAL_DISK, ITEM_BYTES_MAX, PHYSICAL_SECTOR_SIZE, VIRTUAL_DISK_ID,
+    CHS_PARAMETERS, FILE_PARAMETERS, FLAG_REQUIRED, FLAG_USER, FLAG_VIRTUAL_DISK, INCOMPLETE_FILE, ITEM_BYTES_MAX,
+    LOGICAL_SECTOR_SIZE, PARENT_LOCATOR, PHYSICAL_SECTOR_SIZE, PMEM_LABELS, VIRTUAL_DISK_ID, VIRTUAL_DISK_SIZE,
 };
 use crate::image::session::Identity;
 use crate::image::structure::Transaction;
@@ -113,10 +114,29 @@ fn plan(layer: &Layer, options: &SetOptions) -> Result<Plan> {
     Ok(plan)
 }
 
+/// Items that mean something to whoever knows the format; no user item may have one of these names.
+const OF_THE_FORMAT: [Guid; 9] = [
+    FILE_PARAMETERS,
+    VIRTUAL_DISK_SIZE,
+    VIRTUAL_DISK_ID,
+    LOGICAL_SECTOR_SIZE,
+    PHYSICAL_SECTOR_SIZE,
+    PARENT_LOCATOR,
+    INCOMPLETE_FILE,
+    CHS_PARAMETERS,
+    PMEM_LABELS,
+];
+
 fn plan_user_item(layer: &Layer, item: &UserItem, plan: &mut Plan) -> Result<()> {
     let id = item.id;
     if plan.items.iter().any(|other| other.is_user && other.id == id) {
         return Err(Error::new(ErrorKind::InvalidArgument, format!("user item {id} is named twice")));
+    }
+    if item.value.is_some() && OF_THE_FORMAT.contains(&id) {
+        let what =
+            format!("{id} is an item of the format itself; with a user item of that name QEMU does not open the image");
+        return Err(Error::new(ErrorKind::InvalidArgument, what)
+            .with_hint("draw a GUID of your own, for example with `uuidgen`"));
     }
     let old = user_item(layer, id)?;
     let value = match (&item.value, old) {

@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use super::super::edit::{place_metadata, rebuilt_metadata, set_region, top};
+use super::super::resize::bat_bytes;
 use super::super::{Progress, advance};
 use crate::error::Result;
 use crate::format::bat::{BITMAP_PRESENT, BatEntry, PayloadState};
@@ -95,10 +96,20 @@ pub(super) fn can_move(image: &Image) -> Result<bool> {
     let table = layer.region_table();
     let header = &layer.headers().current;
     let log = (u64::from(header.log_length), header.log_offset);
-    let regions = [(table.bat.length, table.bat.file_offset), (table.metadata.length, table.metadata.file_offset), log];
+    let (bat, metadata) = (table.bat, table.metadata);
+    let regions = [
+        (bat_length(layer), bat.file_offset, bat.file_offset + bat.length),
+        (metadata.length, metadata.file_offset, metadata.file_offset + metadata.length),
+        (log.0, log.1, log.1 + log.0),
+    ];
     let end = image.used_end().unwrap_or(0);
-    let at_end = |&(length, offset): &(u64, u64)| offset + length == end && fits(length, offset);
+    let at_end = |&(length, offset, its_end): &(u64, u64, u64)| its_end == end && fits(length, offset);
     Ok(regions.iter().any(at_end) || end < layer.view().physical_size())
+}
+
+/// Bytes of the BAT's region that are needed: a disk that was made smaller keeps a longer one.
+fn bat_length(layer: &Layer) -> u64 {
+    bat_bytes(layer.geometry()).min(layer.region_table().bat.length)
 }
 
 /// Frees sector bitmaps of chunks without a partially present block.
@@ -199,9 +210,10 @@ pub(super) fn move_regions(edit: &Edit<'_>) -> Result<Vec<String>> {
             break;
         }
         if region.guid == BAT_GUID {
-            let Some(given) = edit.take_below(region.length, region.file_offset) else { break };
-            edit.copy(region.file_offset..region.file_offset + region.length, &given)?;
-            set_region(&mut regions, BAT_GUID, given.range.start, region.length);
+            let length = bat_length(edit.layer());
+            let Some(given) = edit.take_below(length, region.file_offset) else { break };
+            edit.copy(region.file_offset..region.file_offset + length, &given)?;
+            set_region(&mut regions, BAT_GUID, given.range.start, length);
             transaction.frees.push(region.file_offset..region.file_offset + region.length);
             moved.push("BAT".to_owned());
         } else {

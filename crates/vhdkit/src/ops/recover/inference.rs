@@ -16,8 +16,9 @@ use crate::image::view::View;
 use crate::ops::Progress;
 use crate::units::MIB;
 
-/// Stretches of the disk, each moved in the file by another distance, that must agree: two do by chance.
-const STRETCHES_MIN: usize = 3;
+/// Stretches of the disk, each moved in the file by another distance, that must agree. Each of them but the first lies well for
+/// twice the right size by chance every other time.
+const STRETCHES_MIN: usize = 7;
 /// How much of the beginning of the disk is read for its partitions.
 const DISK_HEAD_BYTES: u64 = 64 << 10;
 
@@ -40,24 +41,15 @@ pub(super) fn by_contents(view: &View, taken: &[Range<u64>], progress: &dyn Prog
     Ok(ByContents { any: !anchors.is_empty(), block_size: block_size(&anchors), disk_size: disk_size(&signs) })
 }
 
-/// The size that a GPT says, or else a file system at the beginning of the disk. Several that disagree say nothing.
+/// The size that the largest thing says that begins where a disk begins. A disk inside a file of the guest is smaller.
 fn disk_size(signs: &[(u64, Sign)]) -> Option<(u64, Certainty, &'static str)> {
-    let gpt = signs.iter().filter_map(|(_, sign)| match sign.says {
-        Says::OnDisk { disk_size, what, .. } => Some((disk_size, Certainty::Certain, what)),
+    let backup = signs.iter().filter_map(|(_, sign)| match sign.says {
+        Says::OnDisk { disk_size, what, .. } => Some((disk_size, what)),
         _ => None,
     });
-    let whole = signs.iter().filter_map(|(_, sign)| match sign.says {
-        Says::InFileSystem { size, what, .. } | Says::PartitionStart { size, what, guest: 0 } => {
-            Some((size, Certainty::Guessed, what))
-        }
-        _ => None,
-    });
-    let agreed = |found: Vec<(u64, Certainty, &'static str)>| {
-        let first = found.first().copied()?;
-        found.iter().all(|(size, ..)| *size == first.0).then_some(first)
-    };
-    let gpt: Vec<_> = gpt.collect();
-    if gpt.is_empty() { agreed(whole.collect()) } else { agreed(gpt) }
+    let begin = signatures::disk_start(signs, u64::MAX).map(|start| (start.disk_size, start.what));
+    let (size, what) = begin.into_iter().chain(backup).max_by_key(|(size, _)| *size)?;
+    Some((size, Certainty::Guessed, what))
 }
 
 /// Places of the file with the places of the disk that they belong to.
@@ -69,7 +61,7 @@ fn anchors(view: &View, signs: &[(u64, Sign)]) -> Result<Vec<(u64, u64)>> {
             Says::InFileSystem { .. } => {}
         }
     }
-    let disk_start = anchors.iter().find(|(_, guest)| *guest < MIB).and_then(|(file, guest)| file.checked_sub(*guest));
+    let disk_start = signatures::disk_start(signs, u64::MAX).filter(|start| start.is_gpt).map(|start| start.file);
     let partitions = match disk_start {
         Some(start) => {
             let end = start.saturating_add(DISK_HEAD_BYTES).min(view.size());
@@ -128,11 +120,11 @@ mod tests {
 
     #[test]
     fn the_largest_size_that_fits_is_found() {
-        let sparse = [(0, 0), (3, MIB), (4, 0), (9, 0), (17, MIB), (40, 0)];
+        let sparse = [(0, 0), (3, MIB), (4, 0), (9, 0), (17, MIB), (40, 0), (51, MIB), (60, 0), (72, MIB)];
         for size in [2 * MIB, 8 * MIB, 32 * MIB, 256 * MIB] {
             assert_eq!(block_size(&placed(size, &sparse)), u32::try_from(size).ok());
         }
-        let in_small_ones: Vec<(u64, u64)> = [0, 5, 6, 19, 70, 81].map(|index| (index, 0)).to_vec();
+        let in_small_ones: Vec<(u64, u64)> = [0, 5, 6, 19, 70, 81, 94, 102, 110].map(|index| (index, 0)).to_vec();
         assert_eq!(block_size(&placed(MIB, &in_small_ones)), u32::try_from(MIB).ok());
     }
 

@@ -135,10 +135,14 @@ pub fn find(
     }
     let taken = taken(&structures);
     let is_taken = |range: &Range<u64>| taken.iter().any(|other| other.start < range.end && range.start < other.end);
-    let table = match &structures.bat {
+    let mut table = match &structures.bat {
         Some(bat) => table::read(&structures.view, bat.start, &geometry, &is_taken)?,
         None => Table::default(),
     };
+    if searched.is_some() {
+        // What a table says that was guessed is no surer than that.
+        table.placed.iter_mut().for_each(|placed| placed.guessed = true);
+    }
     let needed = geometry.bat_entries().saturating_mul(crate::format::geometry::BAT_ENTRY_BYTES);
     if structures.bat_start.is_some_and(|start| start.saturating_add(needed) > size) {
         notes.part("BAT", Certainty::Lost, "the file ends before it does: what its entries were for cannot be known");
@@ -302,6 +306,10 @@ fn sizes(
         return Err(invalid(format!("a sector size of {size} bytes is not possible")));
     }
     let logical = options.logical_sector_size.or(parameters.logical_sector_size).unwrap_or(512);
+    if let Some(size) = options.disk_size.filter(|size| *size == 0 || !size.is_multiple_of(u64::from(logical))) {
+        return Err(invalid(format!("a disk of {size} bytes does not end with a whole sector of {logical} bytes")));
+    }
+    contradictions(parameters, options, notes);
     if options.logical_sector_size.or(parameters.logical_sector_size).is_none() {
         notes.part("sector size", Certainty::Guessed, "512 bytes, as nearly every disk has");
     }
@@ -329,7 +337,21 @@ fn sizes(
     };
     let has_parent = parameters.has_parent.unwrap_or(options.parent.is_some() || inferred.has_parent);
     let entries_size = entries_to_bytes(used_entries, block_size, logical);
-    let known = options.disk_size.or(parameters.disk_size);
+    // A disk whose table could not lie in the region of the table is none: then the item is what is damaged.
+    let region = found.bat.as_ref().map_or(u64::MAX, |bat| bat.end - bat.start);
+    let fits = |size: &u64| {
+        let geometry = Geometry::new(*size, block_size, logical, has_parent);
+        geometry.is_some_and(|geometry| geometry.bat_entries() * crate::format::geometry::BAT_ENTRY_BYTES <= region)
+    };
+    let in_metadata = parameters.disk_size.filter(fits);
+    if let (Some(size), None) = (parameters.disk_size, in_metadata) {
+        notes.part(
+            "metadata",
+            Certainty::Guessed,
+            format!("a disk of {size} bytes has more blocks than the table has room for"),
+        );
+    }
+    let known = options.disk_size.or(in_metadata);
     let disk_size = match known {
         Some(size) => size,
         None => inferred_disk_size(found, options, contents, (entries_size, bat_start), notes)?,
@@ -344,7 +366,31 @@ fn sizes(
         }
         invalid(what)
     })?;
+    if let (Some(bat), None) = (&found.bat, options.disk_size)
+        && let Some(end) = table::behind(&found.view, bat, &geometry)?
+    {
+        let what = format!(
+            "{disk_size} bytes, and the BAT has blocks with data up to {end}: if the disk was larger, say how large with --size"
+        );
+        notes.part("disk size", Certainty::Guessed, what);
+    }
     Ok((geometry, physical))
+}
+
+/// Says where the caller knows better than the metadata.
+fn contradictions(parameters: &structures::Parameters, options: &RecoverOptions<'_>, notes: &mut Notes) {
+    let pairs = [
+        ("block size", options.block_size.map(u64::from), parameters.block_size.map(u64::from)),
+        ("disk size", options.disk_size, parameters.disk_size),
+        ("sector size", options.logical_sector_size.map(u64::from), parameters.logical_sector_size.map(u64::from)),
+    ];
+    for (name, given, read) in pairs {
+        if let (Some(given), Some(read)) = (given, read)
+            && given != read
+        {
+            notes.part(name, Certainty::Guessed, format!("{given} bytes, as it was given; the metadata says {read}"));
+        }
+    }
 }
 
 /// The disk that so many entries make.
@@ -365,9 +411,17 @@ fn inferred_disk_size(
     let by_beginning = if contents.disk_size.is_none() { size_by_contents(found, bat_start)? } else { None };
     let by_contents = contents.disk_size.or(by_beginning).filter(|(size, ..)| *size <= DISK_SIZE_MAX);
     if let Some((size, certainty, what)) = by_contents {
-        let size = size.max(entries_size);
-        notes.part("disk size", certainty, format!("{size} bytes, by the {what} on it"));
-        return Ok(size);
+        // The last block may reach over the end of the disk.
+        let block = u64::from(
+            found.parameters.block_size.or(options.block_size).unwrap_or(crate::format::geometry::BLOCK_SIZE_MAX),
+        );
+        if entries_size < size.saturating_add(block) {
+            notes.part("disk size", certainty, format!("{size} bytes, by the {what} on it"));
+            return Ok(size);
+        }
+        let text = format!("{entries_size} bytes: up to the last block with an entry; the {what} on it says {size}");
+        notes.part("disk size", Certainty::Guessed, text);
+        return Ok(entries_size);
     }
     if let Some(parent) = options.parent {
         notes.part("disk size", Certainty::Guessed, "the parent's");

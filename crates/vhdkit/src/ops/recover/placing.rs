@@ -4,10 +4,11 @@
 //! on the disk they are; the neighbours, as every writer puts blocks one behind the other as they are first written; the order
 //! of the file.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 
-use super::signatures::{self, Says};
+use super::signatures::{self, Says, Sign};
 use super::table::{Placed, Table};
 use crate::error::Result;
 use crate::format::geometry::Geometry;
@@ -264,8 +265,9 @@ impl Work<'_> {
         }
         for (block, mib) in broken {
             let alone = claims.get(mib) == Some(&1);
-            let whole = mib.saturating_mul(MIB).saturating_add(self.geometry.block_size()) <= self.view.size();
-            if alone && *mib > 0 && whole {
+            // The file may end inside the last block.
+            let inside = mib.saturating_mul(MIB) < self.view.size();
+            if alone && *mib > 0 && inside {
                 self.put(*block, mib * MIB, true);
             }
         }
@@ -277,24 +279,37 @@ impl Work<'_> {
         for stretch in stretches {
             signs.extend(signatures::scan(self.view, stretch.clone(), &|_| false, progress)?);
         }
-        let mut anchors = Vec::new();
+        let disk_size = self.geometry.disk_size();
+        let begin = signatures::disk_start(&signs, disk_size);
+        let of_gpt = begin.map_or(Some(disk_size), |begin| begin.is_gpt.then_some(begin.disk_size));
+        let (mut anchors, mut doubtful) = (Vec::new(), Vec::new());
         for (start, sign) in &signs {
             let file = start + sign.at;
             match &sign.says {
-                Says::OnDisk { guest, what, .. } => {
+                // One of another disk than this is that of an image in a file of the guest, or was left behind.
+                Says::OnDisk { guest, what, disk_size } => {
                     self.recognised.insert((*what).to_owned());
-                    anchors.push(Anchor { file, guest: *guest, checked: sign.checked });
+                    let checked = sign.checked && of_gpt == Some(*disk_size);
+                    let list = if checked { &mut anchors } else { &mut doubtful };
+                    list.push(Anchor { file, guest: *guest, checked });
                 }
                 Says::PartitionStart { guest, what, .. } => {
                     self.recognised.insert((*what).to_owned());
-                    anchors.push(Anchor { file, guest: *guest, checked: false });
+                    doubtful.push(Anchor { file, guest: *guest, checked: false });
                 }
                 Says::InFileSystem { .. } => {}
             }
         }
         self.by_anchors(&anchors);
-        let partitions = self.partitions(&anchors)?;
-        for (start, sign) in &signs {
+        let partitions = self.partitions(begin.filter(|begin| begin.is_gpt).map(|begin| begin.file))?;
+        let mut within: Vec<&(u64, Sign)> =
+            signs.iter().filter(|(_, sign)| matches!(sign.says, Says::InFileSystem { .. })).collect();
+        // The larger one first, as above.
+        within.sort_by_key(|(_, sign)| match sign.says {
+            Says::InFileSystem { size, .. } => Reverse(size),
+            _ => Reverse(0),
+        });
+        for (start, sign) in within {
             let Says::InFileSystem { identity, offset, size, what } = &sign.says else { continue };
             self.recognised.insert((*what).to_owned());
             let first = signs.iter().find_map(|(start, other)| match &other.says {
@@ -310,15 +325,14 @@ impl Work<'_> {
                 anchors.push(Anchor { file: start + sign.at, guest, checked: sign.checked && first.is_some() });
             }
         }
+        anchors.append(&mut doubtful);
         Ok(anchors)
     }
 
-    /// Partitions of the disk, from its beginning, where that is placed or anchored.
-    fn partitions(&self, anchors: &[Anchor]) -> Result<Vec<(u64, u64)>> {
+    /// Partitions of the disk, from its beginning, where that is placed or said.
+    fn partitions(&self, said: Option<u64>) -> Result<Vec<(u64, u64)>> {
         let placed = self.get(0).map(|placed| u64::from(placed.mib) * MIB);
-        let anchored =
-            anchors.iter().find(|anchor| anchor.guest < MIB).and_then(|anchor| anchor.file.checked_sub(anchor.guest));
-        let Some(start) = placed.or(anchored) else { return Ok(Vec::new()) };
+        let Some(start) = placed.or(said) else { return Ok(Vec::new()) };
         let begin = self.view.read_vec(start..start.saturating_add(64 << 10).min(self.view.size()))?;
         Ok(signatures::partitions(&begin))
     }

@@ -105,6 +105,32 @@ pub(super) fn scan(
     Ok(signs)
 }
 
+/// What lies at the beginning of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DiskStart {
+    /// Where that is in the file.
+    pub(super) file: u64,
+    pub(super) disk_size: u64,
+    pub(super) is_gpt: bool,
+    pub(super) what: &'static str,
+}
+
+/// Of everything that says it lies at the beginning of a disk the one with the largest disk that is not larger than a limit: a
+/// guest may keep images of smaller disks in its files.
+pub(super) fn disk_start(signs: &[(u64, Sign)], limit: u64) -> Option<DiskStart> {
+    let starts = signs.iter().filter_map(|(start, sign)| {
+        let (guest, disk_size, is_gpt, what) = match sign.says {
+            Says::OnDisk { guest, disk_size, what } if guest < MIB => (guest, disk_size, true, what),
+            Says::InFileSystem { offset: guest @ 0..=1024, size, what, .. } => (guest, size, false, what),
+            Says::PartitionStart { guest: 0, size, what } => (0, size, false, what),
+            _ => return None,
+        };
+        let file = (start + sign.at).checked_sub(guest)?;
+        Some(DiskStart { file, disk_size, is_gpt, what })
+    });
+    starts.filter(|start| start.disk_size <= limit).max_by_key(|start| (start.disk_size, start.is_gpt))
+}
+
 /// Everything in the first and last [`HEAD_BYTES`] of a MiB, which has `length` bytes.
 pub(super) fn find(head: &[u8], tail: &[u8], length: u64) -> Vec<Sign> {
     let mut found: Vec<Sign> = Vec::new();

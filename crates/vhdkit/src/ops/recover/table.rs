@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use super::structures::{Structures, bat_limit};
 use crate::error::Result;
-use crate::format::HEADER_SECTION_BYTES;
 use crate::format::bat::{BITMAP_PRESENT, BatEntry, PayloadState};
 use crate::format::geometry::{BAT_ENTRY_BYTES, BITMAP_BLOCK_BYTES, BatSlot, Geometry};
+use crate::format::{DISK_SIZE_MAX, HEADER_SECTION_BYTES};
 use crate::image::view::View;
 use crate::ops::{Progress, advance};
 use crate::units::{BatIndex, MIB};
@@ -226,7 +226,8 @@ fn shape(view: &View, start: u64) -> Result<Shape> {
                 partial |= entry.state_number() == PayloadState::PartiallyPresent.number();
             }
         })?;
-        if wrong {
+        // It begins where its first entry is: zeros before it are no part of it.
+        if wrong || done == 0 && last.is_none() {
             break;
         }
         shape.last = last.unwrap_or(shape.last);
@@ -265,7 +266,8 @@ pub(super) fn search(found: &Structures, progress: &dyn Progress) -> Result<Opti
     let view = &found.view;
     let size = view.size();
     let mut offset = HEADER_SECTION_BYTES;
-    let mut best: Option<(u64, FoundTable)> = None;
+    let geometry = known_geometry(found);
+    let mut best: Option<((bool, u64), FoundTable)> = None;
     while offset < size {
         advance(progress, offset, Some(size))?;
         let Some(data) = view.next_data(offset..size)? else { break };
@@ -282,14 +284,15 @@ pub(super) fn search(found: &Structures, progress: &dyn Progress) -> Result<Opti
             shape.mibs.sort_unstable();
             let distinct = shape.mibs.windows(2).all(|pair| pair.first() != pair.last());
             let elsewhere = shape.mibs.binary_search(&own).is_err();
-            let score = shape.mibs.len() as u64;
-            let better = best.as_ref().is_none_or(|(other, _)| score > *other);
-            let enough = score >= PRESENT_MIN || score == 1 && is_table_of_one(found, &shape, offset);
+            let present = shape.mibs.len() as u64;
+            let fits = geometry.is_none_or(|geometry| shape.last < geometry.bat_entries());
+            let better = best.as_ref().is_none_or(|(other, _)| (fits, present) > *other);
+            let enough = present >= PRESENT_MIN || present == 1 && is_table_of_one(found, &shape, offset);
             if distinct && elsewhere && enough && better {
                 let inferred = shape.inferred(size);
-                let table = FoundTable { start: offset, entries: shape.last + 1, inferred, present: score };
-                best = Some((score, table));
-                if score >= 64 {
+                let table = FoundTable { start: offset, entries: shape.last + 1, inferred, present };
+                best = Some(((fits, present), table));
+                if fits && present >= 64 {
                     break; // no chance makes so many
                 }
             }
@@ -302,13 +305,18 @@ pub(super) fn search(found: &Structures, progress: &dyn Progress) -> Result<Opti
 /// True for a stretch with one entry and nothing else, where the metadata says how many entries there are: it is one of them,
 /// and its block lies behind the table, as every writer puts it, and is in the file as a whole.
 fn is_table_of_one(found: &Structures, shape: &Shape, offset: u64) -> bool {
-    let parameters = &found.parameters;
-    let (Some(block), Some(size)) = (parameters.block_size, parameters.disk_size) else { return false };
-    let (logical, has_parent) = (parameters.logical_sector_size.unwrap_or(512), parameters.has_parent.unwrap_or(false));
-    let Some(geometry) = Geometry::new(size, block, logical, has_parent) else { return false };
+    let Some(geometry) = known_geometry(found) else { return false };
     let place = shape.mibs.first().map_or(0, |mib| mib.saturating_mul(MIB));
-    let is_in_file = place.saturating_add(u64::from(block)) <= found.view.size();
+    let is_in_file = place.saturating_add(geometry.block_size()) <= found.view.size();
     shape.used == 1 && shape.last < geometry.bat_entries() && place > offset && is_in_file
+}
+
+/// What the metadata says about the disk, if it says enough.
+fn known_geometry(found: &Structures) -> Option<Geometry> {
+    let parameters = &found.parameters;
+    let (block, size) = (parameters.block_size?, parameters.disk_size?);
+    let (logical, has_parent) = (parameters.logical_sector_size.unwrap_or(512), parameters.has_parent.unwrap_or(false));
+    Geometry::new(size, block, logical, has_parent)
 }
 
 /// A first look, cheap: the first page holds nothing that cannot be an entry.
@@ -371,4 +379,26 @@ pub(super) fn used_entries(view: &View, range: &Range<u64>) -> Result<u64> {
     let length = range.end.saturating_sub(range.start).min(bat_limit(view, range.start));
     walk(view, range.start, length / BAT_ENTRY_BYTES, &mut |index, _| used = index + 1)?;
     Ok(used)
+}
+
+/// Where the last block with data ends, in bytes of the disk, that has an entry behind those of the disk.
+pub(super) fn behind(view: &View, range: &Range<u64>, geometry: &Geometry) -> Result<Option<u64>> {
+    let (block_size, logical) = (geometry.block_size(), geometry.logical_sector_size());
+    let sizes = (u32::try_from(block_size), u32::try_from(logical));
+    let (Ok(block), Ok(sector)) = sizes else { return Ok(None) };
+    let Some(largest) = Geometry::new(DISK_SIZE_MAX, block, sector, geometry.is_differencing()) else {
+        return Ok(None);
+    };
+    let mut last = None;
+    let length = range.end.saturating_sub(range.start).min(bat_limit(view, range.start));
+    walk(view, range.start, length / BAT_ENTRY_BYTES, &mut |index, raw| {
+        let entry = BatEntry(raw);
+        let BatSlot::Payload(block) = largest.slot(BatIndex(index)) else { return };
+        let is_present = matches!(entry.state_number(), 6 | 7) && entry.reserved() == 0;
+        let offset = entry.file_offset().0;
+        if block.0 >= geometry.payload_blocks() && is_present && (HEADER_SECTION_BYTES..view.size()).contains(&offset) {
+            last = Some(block.0);
+        }
+    })?;
+    Ok(last.map(|block| block.saturating_add(1).saturating_mul(block_size).min(DISK_SIZE_MAX)))
 }

@@ -311,8 +311,10 @@ impl Context<'_> {
 
     /// True when a block could lie at a place, and there is data that no trusted entry claims.
     fn holds_data(&self, offset: u64) -> Result<bool> {
-        let range = offset..offset.saturating_add(self.rules().geometry.block_size());
-        Ok(self.is_free(&range) && !self.planner.is_zero(range)?)
+        // The file may end inside the last block.
+        let end = offset.saturating_add(self.rules().geometry.block_size()).min(self.rules().file_size.get());
+        let range = offset..end.max(offset);
+        Ok(!range.is_empty() && self.is_unclaimed(&range) && !self.planner.is_zero(range)?)
     }
 
     /// A block behind the end of the file: it was cut off, or its entry is damaged.
@@ -337,6 +339,9 @@ impl Context<'_> {
                     return Ok(Decision::Leave);
                 }
                 let cut = range.end - range.start.max(size).min(range.end);
+                if range.end.saturating_sub(size) > self.planner.options.growth_max {
+                    return Ok(Decision::Leave);
+                }
                 Ok(Decision::Extend {
                     lost: Some(format!("the last {cut:#x} bytes of {place} were cut off, and read as zeros")),
                 })
@@ -394,12 +399,13 @@ impl Context<'_> {
         Ok(found)
     }
 
-    /// Whether a whole MiB of the file, but for a range, holds data that no trusted entry owns.
+    /// Whether a MiB of the file, but for a range, holds data that no trusted entry owns. The last one may be a part.
     fn data_left(&self, except: &Range<u64>) -> Result<bool> {
-        let end = self.rules().file_size.get() / MIB;
+        let size = self.rules().file_size.get();
+        let end = size.div_ceil(MIB);
         let mut position = 1;
         while let Some(start) = self.good.find_free(position, end, 1) {
-            let range = start * MIB..(start + 1) * MIB; // inside the file
+            let range = start * MIB..((start + 1) * MIB).min(size);
             let is_own = except.start < range.end && range.start < except.end;
             if !is_own && !self.planner.is_zero(range)? {
                 return Ok(true);

@@ -159,6 +159,7 @@ impl Planner {
         let replayed = replay_into_memory(&storage, &header, limits, &mut findings);
         let found = findings.findings().to_vec();
         match replayed {
+            Ok((view, _)) if view.size() > self.draft.length() && !self.is_resizable() => return Ok(Step::Stop),
             Ok((view, _)) => {
                 self.draft.set_log(view);
                 for finding in found {

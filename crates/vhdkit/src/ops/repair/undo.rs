@@ -123,21 +123,9 @@ pub(super) fn write(
 /// when it does not belong to the image as it is; [`Cancelled`](ErrorKind::Cancelled): all of these before anything is
 /// written. When reading or writing fails, it can be done again.
 pub fn restore(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progress) -> Result<Restored> {
-    let header = open(undo)?;
-    let length = storage.len().map_err(|error| Error::io("cannot tell the length of the image", error))?;
-    let lengths = header.old_length.min(header.new_length)..=header.old_length.max(header.new_length);
-    if !lengths.contains(&length) {
-        let what = format!("the image has {length:#x} bytes; the record is of one with {:#x}", header.old_length);
-        return Err(foreign(&what));
-    }
+    let (header, length) = judge(storage, undo, progress)?;
     let total = Some(header.body_length.saturating_mul(2));
     let mut bytes = 0;
-    for_each_piece(undo, &header, &mut |position, piece, sums, old| {
-        advance(progress, position, total)?;
-        let mut now = vec![0; old.len()];
-        read_extended(storage, length, &mut now, piece.offset)?;
-        compare(piece, sums, old, &now)
-    })?;
     for_each_piece(undo, &header, &mut |position, piece, _, old| {
         let _ = progress.advance(position + header.body_length, total); // too late to cancel
         let mut now = vec![0; old.len()];
@@ -158,6 +146,41 @@ pub fn restore(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progres
     }
     storage.sync().map_err(|error| Error::io("cannot make the image durable", error))?;
     Ok(Restored { bytes, file_size_before: length, file_size_after: header.old_length })
+}
+
+/// What [`restore`] would do. Nothing is written.
+///
+/// # Errors
+/// As [`restore`], but for writing.
+pub fn plan_restore(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progress) -> Result<Restored> {
+    let (header, length) = judge(storage, undo, progress)?;
+    let mut bytes = 0;
+    for_each_piece(undo, &header, &mut |_, piece, _, old| {
+        let mut now = vec![0; old.len()];
+        read_extended(storage, length, &mut now, piece.offset)?;
+        bytes += if now == old { 0 } else { old.len() as u64 };
+        Ok(())
+    })?;
+    Ok(Restored { bytes, file_size_before: length, file_size_after: header.old_length })
+}
+
+/// Checks that a record is whole and belongs to an image as it is; its header, and the length of the image.
+fn judge(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progress) -> Result<(UndoHeader, u64)> {
+    let header = open(undo)?;
+    let length = storage.len().map_err(|error| Error::io("cannot tell the length of the image", error))?;
+    let lengths = header.old_length.min(header.new_length)..=header.old_length.max(header.new_length);
+    if !lengths.contains(&length) {
+        let what = format!("the image has {length:#x} bytes; the record is of one with {:#x}", header.old_length);
+        return Err(foreign(&what));
+    }
+    let total = Some(header.body_length.saturating_mul(2));
+    for_each_piece(undo, &header, &mut |position, piece, sums, old| {
+        advance(progress, position, total)?;
+        let mut now = vec![0; old.len()];
+        read_extended(storage, length, &mut now, piece.offset)?;
+        compare(piece, sums, old, &now)
+    })?;
+    Ok((header, length))
 }
 
 /// Whether an undo record has nothing to put back: the image is what it was before the repair, as after [`restore`], or when

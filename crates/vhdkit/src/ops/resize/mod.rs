@@ -5,14 +5,14 @@ mod shrink;
 
 use std::cmp::Ordering;
 
-use super::edit::{finish, reopen, top};
+use super::edit::{finish, refused, reopen, top};
 use super::{Progress, advance};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DISK_SIZE_MAX;
 use crate::format::geometry::{BAT_ENTRY_BYTES, Geometry};
 use crate::format::items::ItemChange;
 use crate::format::metadata::{DiskType, FLAG_REQUIRED, FLAG_VIRTUAL_DISK, VIRTUAL_DISK_SIZE};
-use crate::guest::{Smallest, Table, plan_backup_gpt, survey};
+use crate::guest::{Smallest, Survey, Table, plan_backup_gpt, survey};
 use crate::image::session::Identity;
 use crate::image::{BlockDevice as _, Image, Layer};
 use crate::units::{MIB, round_up};
@@ -53,8 +53,11 @@ pub struct ResizeReport {
     pub bat_moves: bool,
     /// Blocks that are allocated for a fixed disk that grows, or given up by a disk that shrinks.
     pub blocks: u64,
-    /// The first byte behind the new end that is not zero, where one was looked for and found.
+    /// The first byte behind the new end that is not zero, where one was found: of something that is not understood, or, with
+    /// `cut_is_unused`, of nothing that the partition table and the file systems know.
     pub first_data_cut: Option<u64>,
+    /// What is cut off lies outside of all partitions, or behind the file system.
+    pub cut_is_unused: bool,
     /// How small the disk may be, where it becomes smaller.
     pub smallest: Option<Smallest>,
     /// What becomes of the backup of a GPT.
@@ -67,6 +70,8 @@ pub enum BackupGpt {
     /// There is none.
     #[default]
     None,
+    /// The partition table cannot be followed, so that it is not known whether there is one.
+    Unknown,
     /// It is cut off, or left in the middle of a larger disk; the primary one goes on working. The tools of the guest put
     /// it right (`sgdisk --move-second-header`), or `move_backup_gpt`.
     LeftBehind,
@@ -81,8 +86,9 @@ pub enum BackupGpt {
 /// children do not accept it as their parent any more. What a larger disk adds reads as zero, also where a parent is longer.
 /// A fixed disk gets its new blocks allocated.
 ///
-/// How much of a disk may be cut off its partition table and file system say; where they are not understood, everything
-/// behind the new end has to be zero. A backup GPT is moved before the disk becomes smaller and after it became larger, each
+/// How much of a disk may be cut off its partition table and file system say: what lies outside of them goes, and the report
+/// says where. Where they are not understood, everything behind the new end has to be zero; a file system or partition table
+/// that is recognised and not in order may count on what is zero, too, and refuses. A backup GPT is moved before the disk becomes smaller and after it became larger, each
 /// time so that at any moment one of the two is in order.
 ///
 /// # Errors
@@ -100,6 +106,9 @@ pub fn resize(image: Image, options: &ResizeOptions, progress: &dyn Progress) ->
         old_file_size: layer.view().physical_size(),
         ..ResizeReport::default()
     };
+    if options.size == old && options.move_backup_gpt {
+        return move_backup(&image, options, report, progress);
+    }
     if options.size == old {
         report.new_file_size = (!options.dry_run).then_some(report.old_file_size);
         return Ok(report);
@@ -111,9 +120,7 @@ pub fn resize(image: Image, options: &ResizeOptions, progress: &dyn Progress) ->
     } else {
         shrink::plan(&image, &geometry, options, &survey, &mut report, progress)?;
     }
-    if matches!(survey.table, Table::Gpt { .. }) {
-        report.backup_gpt = if options.move_backup_gpt { BackupGpt::Moved } else { BackupGpt::LeftBehind };
-    }
+    report.backup_gpt = backup_gpt(&survey, options)?;
     // Found out now, while nothing has changed.
     let backup = match report.backup_gpt {
         BackupGpt::Moved => plan_backup_gpt(&image, options.size)?,
@@ -129,6 +136,50 @@ pub fn resize(image: Image, options: &ResizeOptions, progress: &dyn Progress) ->
         let image = reopen(&image)?;
         finish(&image, write_all(&image, &backup))?;
         report.new_file_size = Some(top(&image)?.view().physical_size());
+    }
+    Ok(report)
+}
+
+/// What becomes of the backup of a GPT.
+fn backup_gpt(survey: &Survey, options: &ResizeOptions) -> Result<BackupGpt> {
+    Ok(match &survey.table {
+        Table::Gpt { .. } if options.move_backup_gpt => BackupGpt::Moved,
+        Table::Gpt { .. } => BackupGpt::LeftBehind,
+        Table::Unusable { reason } if options.move_backup_gpt => {
+            let what = format!("the backup GPT cannot be moved: the partition table cannot be followed: {reason}");
+            return Err(refused(what, "mend the table with the tools of the guest first, for example gdisk"));
+        }
+        Table::Unusable { .. } => BackupGpt::Unknown,
+        _ => BackupGpt::None,
+    })
+}
+
+/// Puts a backup GPT that was left behind by an earlier change of size to the end of the disk.
+fn move_backup(
+    image: &Image,
+    options: &ResizeOptions,
+    mut report: ResizeReport,
+    progress: &dyn Progress,
+) -> Result<ResizeReport> {
+    report.new_file_size = (!options.dry_run).then_some(report.old_file_size);
+    let survey = survey(image, progress)?;
+    if backup_gpt(&survey, options)? != BackupGpt::Moved {
+        return Ok(report);
+    }
+    let mut pieces = plan_backup_gpt(image, options.size)?;
+    let mut is_there = true;
+    for (offset, bytes) in &pieces {
+        let mut found = vec![0; bytes.len()];
+        image.read_at(&mut found, *offset)?;
+        is_there &= found == *bytes;
+    }
+    if is_there {
+        pieces.clear();
+    } else {
+        report.backup_gpt = BackupGpt::Moved;
+    }
+    if !options.dry_run {
+        finish(image, write_all(image, &pieces))?;
     }
     Ok(report)
 }
@@ -181,7 +232,7 @@ pub(crate) fn new_geometry(layer: &Layer, size: u64) -> Result<Geometry> {
 }
 
 /// Bytes that the BAT of a geometry needs, in whole MiB.
-fn bat_bytes(geometry: &Geometry) -> u64 {
+pub(crate) fn bat_bytes(geometry: &Geometry) -> u64 {
     round_up(geometry.bat_entries() * BAT_ENTRY_BYTES, MIB).unwrap_or(u64::MAX) // at most 513 MiB
 }
 

@@ -33,7 +33,11 @@ pub(super) fn plan(
     let hint =
         "make partitions and file systems smaller inside the guest first, or cut all the same with --allow-data-loss";
     match smallest {
-        Smallest::SafeAt { bytes, .. } if bytes <= new => {}
+        Smallest::SafeAt { bytes, .. } if bytes <= new => {
+            let backup = survey.table.backup_bytes();
+            report.first_data_cut = first_data(image, new..old.saturating_sub(backup).max(new), progress)?;
+            report.cut_is_unused = true;
+        }
         Smallest::SafeAt { bytes, moves_backup_gpt } => {
             if !options.allow_data_loss {
                 let backup = if moves_backup_gpt { " with room for the backup GPT behind it" } else { "" };
@@ -41,6 +45,10 @@ pub(super) fn plan(
                 let what = format!("{last} reaches to {bytes} bytes{backup}: {new} are too few");
                 return Err(refused(what, hint));
             }
+        }
+        Smallest::Unknown { reason } if survey.end_may_matter() && !options.allow_data_loss => {
+            let what = format!("a disk of {new} bytes may be too small: what may be cut off is not known, as {reason}");
+            return Err(refused(what, hint));
         }
         Smallest::Unknown { reason } => {
             report.first_data_cut = first_data(image, new..old, progress)?;
