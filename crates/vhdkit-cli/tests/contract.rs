@@ -472,7 +472,12 @@ fn reading_leaves_every_file_as_it_was() {
         },
         "dirty.vhdx",
         |name, scratch, run| {
-            assert!(run.code == Some(0) || (name.starts_with("compare") && run.code == Some(1)), "{name}: {run:?}");
+            // A dry run of what would write says that the log is in the way, after the plan.
+            let code = match name {
+                "resize --dry-run" | "compact --dry-run" | "set --dry-run" => 6,
+                _ => 0,
+            };
+            assert!(run.code == Some(code) || (name.starts_with("compare") && run.code == Some(1)), "{name}: {run:?}");
             let fresh = Scratch::new();
             fresh.image("good.vhdx");
             fresh.dirty("dirty.vhdx");

@@ -162,7 +162,7 @@ fn what_resize_says_in_json() {
     let scratch = Scratch::new();
     scratch.image("d.vhdx");
     let said = scratch.run(&["resize", "d.vhdx", "16M", "--json"]).expect(0).silent().json();
-    let expected = "file dry_run old_size new_size old_file_size new_file_size bat_moves blocks first_data_cut \
+    let expected = "file dry_run old_size new_size old_file_size new_file_size bat_moves blocks first_data_cut cut_is_unused \
                     smallest_size backup_gpt replay";
     assert_eq!(keys(&said), expected.split_whitespace().collect::<Vec<_>>());
     assert_eq!((&said["file"], &said["dry_run"]), (&json!("d.vhdx"), &json!(false)));
@@ -494,4 +494,133 @@ fn a_child_gets_its_parent_through_a_link() {
     std::os::unix::fs::symlink("../a/child.vhdx", scratch.join("b/link.vhdx")).unwrap();
     scratch.run(&["reparent", "b/link.vhdx", "a/moved.vhdx"]).expect(0);
     scratch.run(&["read", "a/child.vhdx", "--length", "512"]).expect(0);
+}
+
+#[test]
+fn what_no_partition_holds_is_cut_and_named() {
+    let scratch = Scratch::new();
+    partitioned(&scratch, "d.vhdx");
+    let at = (10 * MIB + 700).to_string();
+    assert_eq!(scratch.pipe(&["write", "-q", "d.vhdx", "--offset", &at], b"stray").code, Some(0));
+    let place = format!("{:#x}", 10 * MIB + 700);
+    let run = scratch.run(&["resize", "d.vhdx", "--minimum", "--dry-run"]).expect(0);
+    assert!(run.out.contains(&place) && run.out.contains("no partition"), "{}", run.out);
+    let said = scratch.run(&["resize", "d.vhdx", "4M", "--json"]).expect(0).json();
+    assert_eq!((&said["first_data_cut"], &said["cut_is_unused"]), (&json!(10 * MIB + 700), &json!(true)));
+}
+
+#[test]
+fn a_table_that_cannot_be_followed_moves_no_backup() {
+    let scratch = Scratch::new();
+    // A protective record without the GPT that it protects.
+    let mut sector = [0; 512];
+    sector[446 + 4] = 0xee;
+    sector[446 + 8..446 + 12].copy_from_slice(&1_u32.to_le_bytes());
+    sector[446 + 12..446 + 16].copy_from_slice(&40_959_u32.to_le_bytes());
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    scratch.run(&["create", "-q", "d.vhdx", "--size", "20M", "--block-size", "1M"]).expect(0);
+    assert_eq!(scratch.pipe(&["write", "-q", "d.vhdx", "--offset", "0"], &sector).code, Some(0));
+    for size in ["+8M", "-8M"] {
+        refused(&scratch, &["resize", "d.vhdx", size, "--move-backup-gpt"], "cannot be");
+    }
+    // What is not understood may count on zeros.
+    refused(&scratch, &["resize", "d.vhdx", "-8M"], "not known");
+    let run = scratch.run(&["resize", "d.vhdx", "+8M"]).expect(0);
+    assert!(run.err.contains("warning") && run.err.contains("backup"), "{}", run.err);
+}
+
+#[test]
+fn a_file_system_that_is_not_in_order_is_not_cut() {
+    let scratch = Scratch::new();
+    scratch.run(&["create", "-q", "d.vhdx", "--size", "20M", "--block-size", "1M"]).expect(0);
+    assert_eq!(scratch.pipe(&["write", "-q", "d.vhdx", "--offset", "65600"], b"_BHRfS_M").code, Some(0));
+    refused(&scratch, &["resize", "d.vhdx", "-8M"], "btrfs");
+    refused(&scratch, &["resize", "d.vhdx", "-8M", "--dry-run"], "btrfs");
+    scratch.run(&["resize", "d.vhdx", "-8M", "--allow-data-loss"]).expect(0);
+}
+
+#[test]
+fn names_of_the_format_are_no_users_items() {
+    let scratch = Scratch::new();
+    scratch.image("d.vhdx");
+    scratch.write("note", b"hello");
+    let sums = scratch.sums();
+    let own = ["caa16737-fa36-4d43-b3b6-33f0aa44e76b", "a8d35f2d-b30b-454d-abf7-d3d84834ab0c"];
+    for id in own {
+        let run = scratch.run(&["set", "d.vhdx", "--user-metadata", &format!("{id}=note")]).expect(2);
+        assert!(run.err.contains(id) && run.err.contains("hint: "), "{}", run.err);
+    }
+    scratch.run(&["set", "d.vhdx", "--disk-id", "00000000-0000-0000-0000-000000000000"]).expect(2);
+    assert_eq!(scratch.sums(), sums);
+}
+
+#[test]
+fn a_dry_run_ends_as_the_real_one_would() {
+    let scratch = Scratch::new();
+    scratch.dirty("d.vhdx");
+    let commands: [&[&str]; 3] =
+        [&["compact", "d.vhdx"], &["resize", "d.vhdx", "+5M"], &["set", "d.vhdx", "--disk-id", ID]];
+    for command in commands {
+        scratch.run(command).expect(6);
+        let run = scratch.run(&[command, &["--dry-run"]].concat()).expect(6);
+        assert!(run.out.contains("would") && run.err.contains("--replay"), "{}{}", run.out, run.err);
+        scratch.run(&[command, &["--dry-run", "--replay"]].concat()).expect(0);
+    }
+    let said = scratch.run(&["compact", "d.vhdx", "--dry-run", "--replay", "--json"]).expect(0).json();
+    assert_eq!(said["moved"], Value::Null);
+}
+
+/// Blocks that hold little take little at their new place.
+#[test]
+fn blocks_that_move_stay_sparse() {
+    use std::os::unix::fs::MetadataExt as _;
+    let scratch = Scratch::new();
+    scratch.run(&["create", "-q", "d.vhdx", "--size", "512M", "--block-size", "32M"]).expect(0);
+    for block in 0..16_u64 {
+        let at = (block * 32 * MIB + 3 * MIB).to_string();
+        scratch.pipe(&["write", "-q", "d.vhdx", "--offset", &at], &common::junk(65536)).expect(0);
+    }
+    scratch.run(&["zero", "-q", "d.vhdx", "--offset", "0", "--length", "256M"]).expect(0);
+    let sum = scratch.run(&["read", "d.vhdx", "--offset", "256M"]).expect(0).stdout;
+    let before = std::fs::metadata(scratch.join("d.vhdx")).unwrap().blocks() * 512;
+    scratch.run(&["compact", "-q", "d.vhdx"]).expect(0);
+    let after = std::fs::metadata(scratch.join("d.vhdx")).unwrap();
+    assert!(after.len() < 300 * MIB, "{}", after.len());
+    assert!(after.blocks() * 512 <= before + MIB, "{before} before, {} after", after.blocks() * 512);
+    assert!(scratch.run(&["read", "d.vhdx", "--offset", "256M"]).expect(0).stdout == sum);
+}
+
+/// A disk that was made smaller needs less of a table than it has.
+#[test]
+fn a_table_that_is_too_long_shrinks_when_it_moves() {
+    let scratch = Scratch::new();
+    scratch.run(&["create", "-q", "d.vhdx", "--size", "32M", "--block-size", "1M"]).expect(0);
+    scratch.pipe(&["write", "-q", "d.vhdx", "--offset", "0"], &common::junk(20 * MIB as usize)).expect(0);
+    scratch.run(&["resize", "-q", "d.vhdx", "1T"]).expect(0);
+    scratch.run(&["resize", "-q", "d.vhdx", "32M", "--allow-data-loss"]).expect(0);
+    let expected = disk(&scratch, "d.vhdx");
+    scratch.run(&["zero", "-q", "d.vhdx", "--offset", "2M", "--length", "4M"]).expect(0);
+    scratch.run(&["compact", "-q", "d.vhdx", "--no-filesystems"]).expect(0);
+    let length = std::fs::metadata(scratch.join("d.vhdx")).unwrap().len();
+    assert!(length <= 21 * MIB, "{length}");
+    scratch.run(&["check", "--strict", "d.vhdx"]).expect(0);
+    let mut wanted = expected;
+    wanted[2 * MIB as usize..6 * MIB as usize].fill(0);
+    assert!(disk(&scratch, "d.vhdx") == wanted);
+}
+
+#[test]
+fn a_merge_that_cannot_write_both_files_writes_none() {
+    use vhdkit::storage::{FileAccess, FileStorage, Sharing};
+    let scratch = Scratch::new();
+    scratch.chain();
+    for name in ["base.vhdx", "child.vhdx"] {
+        let held = FileStorage::open(&scratch.join(name), FileAccess::Read, Sharing::Normal).unwrap();
+        let sums = scratch.sums();
+        let run = scratch.run(&["merge", "child.vhdx"]).expect(6);
+        assert!(run.err.contains(name) && run.err.contains("has it open"), "{}", run.err);
+        assert_eq!(scratch.sums(), sums);
+        drop(held);
+    }
+    scratch.run(&["merge", "child.vhdx"]).expect(0);
 }

@@ -237,3 +237,12 @@ fn sizes_that_are_known_may_be_given() {
     scratch.run(&["recover", "a.vhdx", "c.vhdx", "--sector-size", "520"]).expect(2);
     assert!(!scratch.names().contains(&"c.vhdx".to_owned()));
 }
+
+#[test]
+fn what_is_recovered_is_no_raw_disk() {
+    let scratch = Scratch::new();
+    broken(&scratch, "a.vhdx");
+    let run = scratch.run(&["recover", "a.vhdx", "out.img"]).expect(2);
+    assert!(run.err.contains("out.img") && run.err.contains("vhdkit convert"), "{}", run.err);
+    assert_eq!(scratch.names(), ["a.vhdx"]);
+}

@@ -438,3 +438,31 @@ fn the_same_disks_give_the_same_file() {
     export((&parent, sides.0), (&*image, sides.1), &mut out, &options, &()).unwrap();
     assert_eq!(one, out);
 }
+
+/// A copy from the middle of a session has the identity of the base. Force does not take the place of the comparison.
+#[test]
+fn the_identity_is_compared_with_the_contents_also_by_force() {
+    let builder = ImageBuilder::new(4 * MIB, 1 << 20).block(1, BlockSpec::present(Content::pattern(5))).build();
+    let memory = MemoryStorage::with_len(builder.file.len());
+    for (offset, bytes) in builder.file.segments() {
+        memory.write_at(bytes, offset).unwrap();
+    }
+    let base: Arc<dyn Storage> = Arc::new(memory);
+    let result = copy(&base);
+    let image = OpenOptions::new().write(true).open(Arc::clone(&result), None).unwrap();
+    image.write_at(&[9; 4096], MIB + 8192).unwrap();
+    image.close().unwrap();
+    let open = |storage: &Arc<dyn Storage>| OpenOptions::new().open(Arc::clone(storage), None).unwrap();
+    let (increment, report) = increment(&open(&base), &open(&result), &ExportOptions::default());
+    let target = copy(&base);
+    target.write_at(&[0x77], builder.layout.payload_block(1) + 8192 + 5).unwrap();
+    assert_eq!(guid_of(&target), guid_of(&base));
+    let before = parts(&target);
+    for options in [ApplyOptions::default(), FORCED] {
+        assert_eq!(apply(&target, &increment, &options).unwrap_err().kind(), ErrorKind::Refused);
+        assert!(parts(&target) == before);
+    }
+    // Without a look at it the result is nobody's.
+    assert_eq!(apply(&target, &increment, &RESUMED).unwrap(), Basis::Nothing);
+    assert_ne!(Some(guid_of(&target)), report.header.result.data_write_guid);
+}
