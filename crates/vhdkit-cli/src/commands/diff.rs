@@ -251,7 +251,7 @@ fn write_summary(
     totals: &DiffTotals,
 ) -> io::Result<()> {
     let how = match by {
-        ChangedBy::Allocation => "by the tables; --exact compares contents",
+        ChangedBy::Allocation => "by what is allocated; --exact compares contents",
         ChangedBy::Contents => "by contents",
     };
     if totals.ranges == 0 {

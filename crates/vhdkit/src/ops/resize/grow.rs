@@ -9,16 +9,19 @@
 use super::super::edit::{Placed, change_items, set_region, top};
 use super::super::{Progress, advance};
 use super::{ResizeReport, bat_bytes, is_fixed, parent_size, size_item};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat::{BatEntry, PayloadState};
+use crate::format::finding::FailFast;
 use crate::format::geometry::{BAT_ENTRY_BYTES, BatSlot, Geometry};
 use crate::format::log::SECTOR;
 use crate::format::region::BAT_GUID;
+use crate::image::scan::scan_marks;
 use crate::image::session::Identity;
 use crate::image::space::Given;
 use crate::image::structure::{Edit, Transaction};
-use crate::image::{BlockDevice as _, Image};
-use crate::units::{BatIndex, BlockIndex, ChunkIndex, FileOffset};
+use crate::image::{BlockDevice as _, Image, Layer};
+use crate::storage::is_resizable;
+use crate::units::{BatIndex, BlockIndex, ChunkIndex, FileOffset, MIB};
 
 /// Entries of a page of the BAT.
 const PAGE_ENTRIES: u64 = SECTOR / BAT_ENTRY_BYTES;
@@ -31,7 +34,29 @@ pub(super) fn plan(image: &Image, geometry: &Geometry, report: &mut ResizeReport
     if is_fixed(layer) {
         report.blocks = geometry.payload_blocks() - layer.geometry().payload_blocks(); // it grows
     }
-    parent_size(image).map(|_| ())
+    parent_size(image)?;
+    let table = if report.bat_moves { bat_bytes(geometry) } else { 0 };
+    let blocks = if is_fixed(layer) { report.blocks.saturating_mul(geometry.block_size()) } else { 0 };
+    fits_on_device(layer, &[table, blocks])
+}
+
+/// A block device that has no room is found out while nothing has changed: what is taken must be free there in one piece.
+fn fits_on_device(layer: &Layer, pieces: &[u64]) -> Result<()> {
+    if is_resizable(layer.storage().as_ref()) || pieces.iter().all(|bytes| *bytes == 0) {
+        return Ok(());
+    }
+    let mut findings = FailFast::new(layer.rules().strictness);
+    let (_, marks) = scan_marks(layer, &mut findings, &mut |_, _| Ok(()))?;
+    let size = layer.view().physical_size();
+    for bytes in pieces.iter().filter(|bytes| **bytes > 0) {
+        if marks.find_free(1, size / MIB, bytes.div_ceil(MIB)).is_none() {
+            let what = format!("the larger disk needs {bytes} bytes in one piece, which the block device has not got");
+            return Err(
+                Error::new(ErrorKind::Limit, what).with_hint("copy the image to a larger device or to a file first")
+            );
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn run(image: &Image, geometry: &Geometry, identity: Identity, progress: &dyn Progress) -> Result<()> {
