@@ -93,15 +93,23 @@ fn mending_that_breaks_children_is_refused() {
     assert!(run.out.contains("lost: ") && run.out.contains("child.vhdx; --apply is refused"), "{}", run.out);
     let said = scratch.run(&["repair", "base.vhdx", "--json"]).expect(0).json();
     assert!(said["children"][0].as_str().unwrap().ends_with("child.vhdx"), "{said}");
+    scratch.run(&["repair", "base.vhdx", "--dry-run"]).expect(6);
     let run = scratch.run(&["repair", "base.vhdx", "--apply"]).expect(6);
     assert!(run.err.contains("child.vhdx") && run.err.contains("--break-children"), "{}", run.err);
     assert_eq!(scratch.sums(), sums);
     scratch.run(&["repair", "base.vhdx", "--apply", "--break-children"]).expect(0);
     scratch.run(&["check", "base.vhdx"]).expect(0);
     scratch.run(&["read", "child.vhdx"]).expect(6);
-    scratch.run(&["repair", "base.vhdx", "--restore", "base.vhdx.undo"]).expect(0);
-    std::fs::remove_file(scratch.join("base.vhdx.undo")).unwrap();
-    assert_eq!(scratch.sums(), sums);
+    // Linked to the mended one, the child would not accept the one from before.
+    scratch.run(&["reparent", "child.vhdx", "base.vhdx", "--ignore-id-mismatch"]).expect(0);
+    for more in [&[][..], &["--dry-run"]] {
+        let restore = ["repair", "base.vhdx", "--restore", "base.vhdx.undo"];
+        let run = scratch.run(&[&restore[..], more].concat()).expect(6);
+        assert!(run.err.contains("child.vhdx") && run.err.contains("--break-children"), "{}", run.err);
+    }
+    scratch.run(&["read", "child.vhdx"]).expect(0);
+    scratch.run(&["repair", "base.vhdx", "--restore", "base.vhdx.undo", "--break-children"]).expect(0);
+    assert_eq!(scratch.sums()["base.vhdx"], sums["base.vhdx"]);
 }
 
 #[test]
@@ -244,5 +252,7 @@ fn what_is_recovered_is_no_raw_disk() {
     broken(&scratch, "a.vhdx");
     let run = scratch.run(&["recover", "a.vhdx", "out.img"]).expect(2);
     assert!(run.err.contains("out.img") && run.err.contains("vhdkit convert"), "{}", run.err);
+    let run = scratch.run(&["recover", "a.vhdx", "-"]).expect(2);
+    assert!(run.err.contains("./-"), "{}", run.err);
     assert_eq!(scratch.names(), ["a.vhdx"]);
 }

@@ -224,3 +224,25 @@ fn what_is_given_against_the_metadata_is_not_certain() {
     let error = recover(&storage(&image.file), None, &target, &odd, &()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
 }
+
+/// The file may end inside the last of the blocks whose entries lead nowhere.
+#[test]
+fn a_last_block_without_its_place_is_found_in_order() {
+    let builder = ImageBuilder::new(24 * MIB, 8 << 20);
+    let builder =
+        (0..3).fold(builder, |builder, block| builder.block(block, BlockSpec::present(Content::pattern(block + 1))));
+    let whole = builder.build();
+    let image = builder.clone().with(|builder| {
+        builder.bat_raw.insert(2, 6);
+    });
+    for cut in [0, 1, MIB] {
+        let file = storage(&image.build().file);
+        file.set_len(whole.layout.payload_block(2) + 8 * MIB - cut).unwrap();
+        let target: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let report = recover(&file, None, &target, &RecoverOptions::default(), &()).unwrap();
+        assert!(
+            report.blocks_lost == 0 && report.blocks_guessed == 1 && report.bytes_unplaced == 0,
+            "{cut}: {report:?}"
+        );
+    }
+}

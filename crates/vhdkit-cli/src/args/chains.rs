@@ -100,7 +100,7 @@ pub(crate) struct ApplyArgs {
     #[arg(long)]
     pub(crate) dry_run: bool,
     /// With --force: go on after an apply that was cut, whatever the target holds now
-    #[arg(long, requires = "force")]
+    #[arg(long)]
     pub(crate) resume: bool,
     /// Read what was written and compare it
     #[arg(long, conflicts_with = "dry_run")]

@@ -26,6 +26,12 @@ use crate::writing::Session;
 
 /// Checks everything, and then applies.
 pub(crate) fn run(context: &Context, args: &ApplyArgs) -> Result<Answer, Failure> {
+    if args.resume && !context.global.force {
+        return Err(Failure::usage(
+            "--resume writes over whatever the target holds, and goes with --force only",
+            "say --force --resume if the target was being made by this very file",
+        ));
+    }
     if is_standard_stream(&args.file) {
         return Err(Failure::usage(
             "an increment is read twice, once before the first write, which standard input cannot be",

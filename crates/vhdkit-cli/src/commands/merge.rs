@@ -56,7 +56,7 @@ pub(crate) fn run(context: &Context, args: &MergeArgs) -> Result<Answer, Failure
             warn_of_change_tracking(context, path);
         }
         if args.delete {
-            deleted = delete(&done)?;
+            deleted = delete(&done).map_err(|error| merged_all_the_same(&done, error))?;
         }
     }
     report(context, args, &done, &deleted)?;
@@ -102,9 +102,17 @@ fn dependents(context: &Context, args: &MergeArgs, chain: &Image, into: usize) -
     Ok(found)
 }
 
+/// What could not be removed was merged nevertheless, which is to be said.
+fn merged_all_the_same(done: &MergeReport, error: Error) -> Failure {
+    let into = done.into.as_deref().map_or_else(|| "(memory)".to_owned(), show::path);
+    error
+        .with_hint(format!("the merge itself is done: {into} holds the whole disk; remove the merged files yourself"))
+        .into()
+}
+
 /// Removes what was merged, the child first, so that nobody is left without a parent. Of a symbolic link both go, the file
 /// first: what was merged must not stay and look as if it still counted.
-fn delete(done: &MergeReport) -> Result<Vec<PathBuf>, Failure> {
+fn delete(done: &MergeReport) -> Result<Vec<PathBuf>, Error> {
     let mut deleted: Vec<PathBuf> = Vec::new();
     for path in done.merged.iter().flatten() {
         let failed = |error| Error::io("cannot remove the merged file", error).with_path(path);

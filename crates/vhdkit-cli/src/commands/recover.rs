@@ -15,7 +15,7 @@ use super::info::refuse_raw;
 use crate::args_mending::RecoverArgs;
 use crate::cli::Context;
 use crate::failure::{Answer, Failure};
-use crate::formats::is_raw_name;
+use crate::formats::{is_raw_name, is_standard_stream};
 use crate::opening::{check_parent_options, open_options, sharing, warn_about};
 use crate::progress::Bar;
 use crate::show;
@@ -29,6 +29,12 @@ const NAME_WIDTH: usize = 14;
 /// Recovers.
 pub(crate) fn run(context: &Context, args: &RecoverArgs) -> Result<Answer, Failure> {
     refuse_raw(context, &args.image, args.from.from)?;
+    if is_standard_stream(&args.target) {
+        return Err(Failure::usage(
+            "what is recovered is written to a file, in no order",
+            "name one (for a file of this name, ./-)",
+        ));
+    }
     if is_raw_name(&args.target) {
         let what =
             format!("what is recovered becomes a VHDX, and {} is the name of a raw disk", show::path(&args.target));

@@ -43,15 +43,14 @@ pub(crate) fn run(context: &Context, args: &RepairArgs) -> Result<Answer, Failur
     let breaks = planned.changes_anything() && planned.breaks_children && !args.children.break_children;
     let parent_file = ParentFile { identity: storage.identity(), data_write_guid: planned.data_write_guid };
     let children = if breaks { broken_children(context, args, &parent_file)? } else { Vec::new() };
+    let refusal = || {
+        let names = children.join(", ");
+        let what = format!("mending the image changes what its guest sees, and it is the parent of {names}");
+        refused_for_children(what, &args.image)
+    };
     if let Some(record) = &record {
         if !children.is_empty() {
-            let what = format!(
-                "mending the image changes what its guest sees, and it is the parent of {}",
-                children.join(", ")
-            );
-            let hint = "work on a copy, or use --break-children and link the children again with `vhdkit reparent CHILD PARENT \
-                        --ignore-id-mismatch` once you know that they fit";
-            return Err(Error::new(ErrorKind::Refused, what).with_path(&args.image).with_hint(hint).into());
+            return Err(refusal());
         }
         carry_out(context, args, &storage, &planned, record)?;
     }
@@ -60,7 +59,39 @@ pub(crate) fn run(context: &Context, args: &RepairArgs) -> Result<Answer, Failur
     let (path, record) = (args.image.as_path(), record.as_deref());
     let report = Report { context, path, plan: &planned, record, parent, children: &children, asked: args.apply };
     report.print()?;
+    if args.dry_run && !children.is_empty() {
+        return Err(refusal());
+    }
     Ok(if planned.mends_everything() && report.parent.is_none() { Answer::Yes } else { Answer::No })
+}
+
+/// Children that were linked to the repaired image do not accept the one from before.
+fn refuse_children_of_the_repaired(
+    context: &Context,
+    args: &RepairArgs,
+    storage: &Arc<dyn Storage>,
+    undo: &FileStorage,
+    bar: &Bar,
+) -> Result<(), Failure> {
+    let (Ok(before), Ok(now)) = (plan_restore(storage.as_ref(), undo, bar), ParentFile::at(&args.image)) else {
+        return Ok(()); // said when it is put back, or nobody's parent
+    };
+    if args.children.break_children || before.data_write_guid == Some(now.data_write_guid) {
+        return Ok(());
+    }
+    let children = broken_children(context, args, &now)?;
+    if children.is_empty() {
+        return Ok(());
+    }
+    let names = children.join(", ");
+    let what = format!("putting the record back changes what the guest sees, and the image is the parent of {names}");
+    Err(refused_for_children(what, &args.image))
+}
+
+fn refused_for_children(what: String, image: &Path) -> Failure {
+    let hint = "work on a copy, or use --break-children and link the children again with `vhdkit reparent CHILD PARENT \
+                --ignore-id-mismatch` once you know that they fit";
+    Error::new(ErrorKind::Refused, what).with_path(image).with_hint(hint).into()
 }
 
 /// Children that do not accept the image any more once it is mended.
@@ -185,6 +216,7 @@ fn put_back(context: &Context, args: &RepairArgs, record: &Path) -> Result<Answe
         return Err(Failure::usage("the record is the image itself", "name the record that `repair --apply` wrote"));
     }
     let bar = Bar::new("restoring", &context.ui, &context.interrupt);
+    refuse_children_of_the_repaired(context, args, &storage, &undo, &bar)?;
     let put_back = if args.dry_run { plan_restore } else { restore };
     let restored = put_back(storage.as_ref(), &undo, &bar).map_err(|error| match error.kind() {
         ErrorKind::InvalidArgument => error.with_path(record),
@@ -194,7 +226,7 @@ fn put_back(context: &Context, args: &RepairArgs, record: &Path) -> Result<Answe
     if !args.dry_run {
         warn_of_change_tracking(context, path);
     }
-    let Restored { bytes, file_size_before, file_size_after } = restored;
+    let Restored { bytes, file_size_before, file_size_after, .. } = restored;
     if context.ui.json {
         Ui::print_json(&json!({
             "file": show::path(path),

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use serde_json::{Value, json};
 use vhdkit::guest::Smallest;
 use vhdkit::image::{BlockDevice as _, Image};
-use vhdkit::ops::resize::{BackupGpt, ResizeOptions, ResizeReport, resize, smallest_size};
+use vhdkit::ops::resize::{BackupGpt, ResizeOptions, ResizeReport, moves_backup_gpt, resize, smallest_size};
 use vhdkit::text::escape;
 use vhdkit::{Error, ErrorKind};
 
@@ -56,8 +56,13 @@ fn refuse_children(
     options: &ResizeOptions,
 ) -> Result<(), Failure> {
     match image.layers().first() {
-        Some(layer) if options.size != image.size() || options.move_backup_gpt => {
-            dependents::refuse(context, layer, &args.children)
+        Some(layer) if options.size != image.size() => dependents::refuse(context, layer, &args.children),
+        Some(layer) if options.move_backup_gpt => {
+            let bar = Bar::new("looking", &context.ui, &context.interrupt);
+            // What stands in the way is said by the operation itself.
+            let moves = moves_backup_gpt(image, &bar).unwrap_or(false);
+            drop(bar);
+            if moves { dependents::refuse(context, layer, &args.children) } else { Ok(()) }
         }
         _ => Ok(()),
     }
@@ -101,7 +106,7 @@ fn minimum(context: &Context, args: &ResizeArgs, image: &Image) -> Result<u64, F
         Smallest::Unknown { reason } => {
             let what = format!("how small the disk may be is not known, as {reason}");
             let error = Error::new(ErrorKind::Refused, what).with_path(&args.image);
-            Err(error.with_hint("name a size; it is refused when data would be cut off").into())
+            Err(error.with_hint("bring what is on the disk in order in the guest first, or name a size, which is refused when it may cut something off").into())
         }
     }
 }
@@ -135,6 +140,7 @@ fn report(
                 BackupGpt::Unknown => "unknown",
                 BackupGpt::LeftBehind => "left behind",
                 BackupGpt::Moved => "moved",
+                BackupGpt::InPlace => "in place",
             },
             "replay": replay,
         }));

@@ -323,7 +323,6 @@ impl Edit<'_> {
         let failed =
             |error| Error::io(format!("cannot copy the block at {:#x} to {:#x}", from.start, to.range.start), error);
         let place = |position: u64| to.range.start + (position - from.start);
-        data.wrote(&to.range);
         let end = from.end.min(self.shared.view().physical_size());
         let mut position = from.start;
         let mut buffer: Vec<u8> = Vec::new();
@@ -349,6 +348,9 @@ impl Edit<'_> {
                 position += if copied == 0 { length } else { copied };
             }
         }
+        data.wrote(&to.range);
+        // The medium works on it while the next block is copied.
+        storage.begin_write_out(to.range.clone());
         Ok(())
     }
 

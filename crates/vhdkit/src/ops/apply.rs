@@ -253,7 +253,7 @@ fn judge_contents(
             let Range { start, end } = range;
             let what =
                 format!("from {start:#x} to {end:#x} the disk holds neither what the base held nor what it is to hold");
-            let hint = "it is not the base; if an earlier apply of this file to it was cut, say --resume";
+            let hint = "it is not the base; if an earlier apply of this file to it was cut, say --force --resume";
             return Err(refused(what, hint));
         }
         advance(progress, reader.position(), Some(total))?;

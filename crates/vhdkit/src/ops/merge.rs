@@ -158,15 +158,23 @@ impl<'a> Merge<'a> {
             old_file_size: length,
             ..MergeReport::default()
         };
+        let block = self.ancestor.geometry().block_size();
+        let (mut new_blocks, mut counted) = (0, 0);
         self.visit(0..self.size(), &mut |extent| {
             match extent.kind {
-                ExtentKind::Data { .. } => report.data_bytes += extent.length,
+                ExtentKind::Data { .. } => {
+                    report.data_bytes += extent.length;
+                    // What begins or ends inside a block may need all of it.
+                    let start = extent.start / block * block;
+                    new_blocks += extent.end().next_multiple_of(block).saturating_sub(start.max(counted));
+                    counted = extent.end().next_multiple_of(block);
+                }
                 ExtentKind::Zero => report.zero_bytes += extent.length,
                 ExtentKind::Hole => {}
             }
             ControlFlow::Continue(())
         })?;
-        report.new_file_size = length + report.data_bytes; // at most 2^46 and a file
+        report.new_file_size = length + new_blocks; // at most 2^46 and a file
         Ok(report)
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSliceMut};
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -439,6 +440,14 @@ impl Storage for FileStorage {
         }
         check_position(range.end)?;
         self.fallocate(FallocateFlags::empty(), &range)
+    }
+
+    fn begin_write_out(&self, range: Range<u64>) {
+        // Linux begins to write what is dirty in the range; only what is clean leaves the page cache. A medium in memory
+        // ignores it.
+        if let Some(length) = range.end.checked_sub(range.start).and_then(NonZeroU64::new) {
+            let _ = rustix::fs::fadvise(&self.file, range.start, Some(length), rustix::fs::Advice::DontNeed);
+        }
     }
 
     fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {

@@ -129,6 +129,12 @@ pub trait Storage: Debug + Send + Sync {
         Ok(false)
     }
 
+    /// Begins to bring a range to the medium, and does not wait for it: a hint that makes the next sync shorter. What was
+    /// just written stays in the page cache.
+    fn begin_write_out(&self, range: Range<u64>) {
+        let _ = range;
+    }
+
     /// The first range at or after `range.start`, clipped to `range`, that may hold data; what lies before it reads
     /// as zero. `None` when all of `range` is a hole. Storage that cannot tell answers `Some(range)`.
     /// Positions past the end count as hole.

@@ -345,11 +345,7 @@ fn sizes(
     };
     let in_metadata = parameters.disk_size.filter(fits);
     if let (Some(size), None) = (parameters.disk_size, in_metadata) {
-        notes.part(
-            "metadata",
-            Certainty::Guessed,
-            format!("a disk of {size} bytes has more blocks than the table has room for"),
-        );
+        notes.doubt("metadata", &format!("a disk of {size} bytes has more blocks than the table has room for"));
     }
     let known = options.disk_size.or(in_metadata);
     let disk_size = match known {

@@ -278,6 +278,7 @@ impl Work<'_> {
         let mut signs = Vec::new();
         for stretch in stretches {
             signs.extend(signatures::scan(self.view, stretch.clone(), &|_| false, progress)?);
+            signs.truncate(signatures::SIGNS_MAX);
         }
         let disk_size = self.geometry.disk_size();
         let begin = signatures::disk_start(&signs, disk_size);
@@ -345,9 +346,17 @@ impl Work<'_> {
 
     fn by_anchors(&mut self, anchors: &[Anchor]) {
         let block = self.geometry.block_size();
+        let place =
+            |anchor: &Anchor| anchor.file.checked_sub(anchor.guest % block).map(|start| (anchor.guest / block, start));
+        let mut claims: HashMap<u64, BTreeSet<u64>> = HashMap::new();
+        for (number, start) in anchors.iter().filter_map(place) {
+            claims.entry(number).or_default().insert(start);
+        }
         for anchor in anchors {
-            if let Some(start) = anchor.file.checked_sub(anchor.guest % block) {
-                self.put(anchor.guest / block, start, !anchor.checked);
+            if let Some((number, start)) = place(anchor) {
+                // A copy of a structure says the same as what it was copied from.
+                let alone = claims.get(&number).is_some_and(|starts| starts.len() == 1);
+                self.put(number, start, !anchor.checked || !alone);
             }
         }
     }
@@ -409,6 +418,12 @@ impl Work<'_> {
         {
             places.push(start * MIB);
             position = start + size;
+        }
+        // The file may end inside the last block.
+        if places.len() + 1 == missing.len() {
+            let end = self.view.size().div_ceil(MIB);
+            let tail = self.marks.find_free(position, end + size - 1, size).filter(|start| *start < end);
+            places.extend(tail.map(|start| start * MIB));
         }
         if places.len() == missing.len() {
             for (block, place) in missing.into_iter().zip(places) {

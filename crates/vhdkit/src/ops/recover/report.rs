@@ -84,6 +84,17 @@ pub(super) struct Notes {
 }
 
 impl Notes {
+    /// Says of a part that is there already why it is doubtful.
+    pub(super) fn doubt(&mut self, name: &'static str, why: &str) {
+        match self.parts.iter_mut().find(|part| part.name == name) {
+            Some(part) => {
+                part.certainty = part.certainty.max(Certainty::Guessed);
+                part.detail = why.to_owned();
+            }
+            None => self.part(name, Certainty::Guessed, why),
+        }
+    }
+
     pub(super) fn part(&mut self, name: &'static str, certainty: Certainty, detail: impl Into<String>) {
         self.parts.push(Part { name, certainty, detail: detail.into() });
     }

@@ -23,7 +23,7 @@ use crate::units::MIB;
 pub(super) const HEAD_BYTES: usize = 8192;
 
 /// Structures that are kept: no disk has more block groups that say where they are and are worth it.
-const SIGNS_MAX: usize = 4096;
+pub(super) const SIGNS_MAX: usize = 4096;
 
 /// A structure that says where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]

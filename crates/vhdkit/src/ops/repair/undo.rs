@@ -6,7 +6,8 @@ use super::RepairPlan;
 use super::apply::{for_each_change, header_places};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::checksum::append;
-use crate::format::header::HEADER_BYTES;
+use crate::format::guid::Guid;
+use crate::format::header::{HEADER_BYTES, Header, OFFSETS};
 use crate::format::undo::{RawPiece, RawUndoHeader, SUM_BYTES, UndoHeader, UndoPiece, sums};
 use crate::ops::{Progress, advance};
 use crate::storage::Storage;
@@ -36,6 +37,8 @@ pub struct Restored {
     pub file_size_before: u64,
     /// The file's length now, as it was before the repair.
     pub file_size_after: u64,
+    /// The data write GUID from before the repair, which the image has again; `None` when it had no sound header.
+    pub data_write_guid: Option<Guid>,
 }
 
 /// Appends to a record.
@@ -123,7 +126,7 @@ pub(super) fn write(
 /// when it does not belong to the image as it is; [`Cancelled`](ErrorKind::Cancelled): all of these before anything is
 /// written. When reading or writing fails, it can be done again.
 pub fn restore(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progress) -> Result<Restored> {
-    let (header, length) = judge(storage, undo, progress)?;
+    let (header, length, data_write_guid) = judge(storage, undo, progress)?;
     let total = Some(header.body_length.saturating_mul(2));
     let mut bytes = 0;
     for_each_piece(undo, &header, &mut |position, piece, _, old| {
@@ -145,7 +148,7 @@ pub fn restore(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progres
         }
     }
     storage.sync().map_err(|error| Error::io("cannot make the image durable", error))?;
-    Ok(Restored { bytes, file_size_before: length, file_size_after: header.old_length })
+    Ok(Restored { bytes, file_size_before: length, file_size_after: header.old_length, data_write_guid })
 }
 
 /// What [`restore`] would do. Nothing is written.
@@ -153,7 +156,7 @@ pub fn restore(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progres
 /// # Errors
 /// As [`restore`], but for writing.
 pub fn plan_restore(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progress) -> Result<Restored> {
-    let (header, length) = judge(storage, undo, progress)?;
+    let (header, length, data_write_guid) = judge(storage, undo, progress)?;
     let mut bytes = 0;
     for_each_piece(undo, &header, &mut |_, piece, _, old| {
         let mut now = vec![0; old.len()];
@@ -161,11 +164,16 @@ pub fn plan_restore(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Pr
         bytes += if now == old { 0 } else { old.len() as u64 };
         Ok(())
     })?;
-    Ok(Restored { bytes, file_size_before: length, file_size_after: header.old_length })
+    Ok(Restored { bytes, file_size_before: length, file_size_after: header.old_length, data_write_guid })
 }
 
-/// Checks that a record is whole and belongs to an image as it is; its header, and the length of the image.
-fn judge(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progress) -> Result<(UndoHeader, u64)> {
+/// Checks that a record is whole and belongs to an image as it is; its header, the length of the image, and the data write
+/// GUID that the image had.
+fn judge(
+    storage: &dyn Storage,
+    undo: &dyn Storage,
+    progress: &dyn Progress,
+) -> Result<(UndoHeader, u64, Option<Guid>)> {
     let header = open(undo)?;
     let length = storage.len().map_err(|error| Error::io("cannot tell the length of the image", error))?;
     let lengths = header.old_length.min(header.new_length)..=header.old_length.max(header.new_length);
@@ -174,13 +182,20 @@ fn judge(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progress) -> 
         return Err(foreign(&what));
     }
     let total = Some(header.body_length.saturating_mul(2));
+    let mut newest: Option<Header> = None;
     for_each_piece(undo, &header, &mut |position, piece, sums, old| {
         advance(progress, position, total)?;
+        if let (true, Some(raw)) = (OFFSETS.contains(&piece.offset), old.first_chunk::<HEADER_BYTES>())
+            && let Some(found) = Header::decode(raw)
+            && newest.is_none_or(|newest| found.sequence_number > newest.sequence_number)
+        {
+            newest = Some(found);
+        }
         let mut now = vec![0; old.len()];
         read_extended(storage, length, &mut now, piece.offset)?;
         compare(piece, sums, old, &now)
     })?;
-    Ok((header, length))
+    Ok((header, length, newest.map(|header| header.data_write_guid)))
 }
 
 /// Whether an undo record has nothing to put back: the image is what it was before the repair, as after [`restore`], or when

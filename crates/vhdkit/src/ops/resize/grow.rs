@@ -37,19 +37,22 @@ pub(super) fn plan(image: &Image, geometry: &Geometry, report: &mut ResizeReport
     parent_size(image)?;
     let table = if report.bat_moves { bat_bytes(geometry) } else { 0 };
     let blocks = if is_fixed(layer) { report.blocks.saturating_mul(geometry.block_size()) } else { 0 };
-    fits_on_device(layer, &[table, blocks])
+    // The last one for metadata that find no room at home.
+    fits_on_device(layer, &[table, blocks, MIB])
 }
 
 /// A block device that has no room is found out while nothing has changed: what is taken must be free there in one piece.
 fn fits_on_device(layer: &Layer, pieces: &[u64]) -> Result<()> {
-    if is_resizable(layer.storage().as_ref()) || pieces.iter().all(|bytes| *bytes == 0) {
+    if is_resizable(layer.storage().as_ref()) {
         return Ok(());
     }
     let mut findings = FailFast::new(layer.rules().strictness);
-    let (_, marks) = scan_marks(layer, &mut findings, &mut |_, _| Ok(()))?;
+    let (_, mut marks) = scan_marks(layer, &mut findings, &mut |_, _| Ok(()))?;
     let size = layer.view().physical_size();
     for bytes in pieces.iter().filter(|bytes| **bytes > 0) {
-        if marks.find_free(1, size / MIB, bytes.div_ceil(MIB)).is_none() {
+        if let Some(start) = marks.find_free(1, size / MIB, bytes.div_ceil(MIB)) {
+            marks.mark(start * MIB, start * MIB + bytes); // in the file
+        } else {
             let what = format!("the larger disk needs {bytes} bytes in one piece, which the block device has not got");
             return Err(
                 Error::new(ErrorKind::Limit, what).with_hint("copy the image to a larger device or to a file first")

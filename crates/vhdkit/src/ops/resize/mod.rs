@@ -77,6 +77,8 @@ pub enum BackupGpt {
     LeftBehind,
     /// It was moved, or would be.
     Moved,
+    /// It is at the end of the disk already, which keeps its size.
+    InPlace,
 }
 
 /// Changes the size of a disk in place ([MS-VHDX] 2.6.2.2; the order of steps is in `docs/durability.md`). The image was
@@ -166,22 +168,37 @@ fn move_backup(
     if backup_gpt(&survey, options)? != BackupGpt::Moved {
         return Ok(report);
     }
-    let mut pieces = plan_backup_gpt(image, options.size)?;
-    let mut is_there = true;
-    for (offset, bytes) in &pieces {
+    let pieces = plan_backup_gpt(image, options.size)?;
+    report.backup_gpt = if is_in_place(image, &pieces)? { BackupGpt::InPlace } else { BackupGpt::Moved };
+    if options.dry_run {
+        return Ok(report);
+    }
+    let worked =
+        if report.backup_gpt == BackupGpt::Moved { write_all(image, &pieces) } else { image.replay().map(drop) };
+    finish(image, worked)?;
+    Ok(report)
+}
+
+fn is_in_place(image: &Image, pieces: &[(u64, Vec<u8>)]) -> Result<bool> {
+    for (offset, bytes) in pieces {
         let mut found = vec![0; bytes.len()];
         image.read_at(&mut found, *offset)?;
-        is_there &= found == *bytes;
+        if found != *bytes {
+            return Ok(false);
+        }
     }
-    if is_there {
-        pieces.clear();
-    } else {
-        report.backup_gpt = BackupGpt::Moved;
+    Ok(true)
+}
+
+/// Whether [`resize`] to the size that a disk has would move the backup of its GPT, which changes what its children see.
+///
+/// # Errors
+/// As [`resize`], before the first write.
+pub fn moves_backup_gpt(image: &Image, progress: &dyn Progress) -> Result<bool> {
+    match survey(image, progress)?.table {
+        Table::Gpt { .. } => Ok(!is_in_place(image, &plan_backup_gpt(image, image.size())?)?),
+        _ => Ok(false),
     }
-    if !options.dry_run {
-        finish(image, write_all(image, &pieces))?;
-    }
-    Ok(report)
 }
 
 /// How small a disk may be made so that its partitions and file systems lose nothing.

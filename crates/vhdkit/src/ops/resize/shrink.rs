@@ -11,7 +11,7 @@ use super::{ResizeOptions, ResizeReport, first_data, size_item};
 use crate::error::Result;
 use crate::format::bat::{BITMAP_PRESENT, BatEntry};
 use crate::format::geometry::{BatSlot, Geometry};
-use crate::guest::{Smallest, Survey};
+use crate::guest::{Smallest, Survey, Table};
 use crate::image::Image;
 use crate::image::bat::page_of;
 use crate::image::extents::LayerCursor;
@@ -48,6 +48,15 @@ pub(super) fn plan(
         }
         Smallest::Unknown { reason } if survey.end_may_matter() && !options.allow_data_loss => {
             let what = format!("a disk of {new} bytes may be too small: what may be cut off is not known, as {reason}");
+            let hint = match survey.table {
+                Table::Unusable { .. } => {
+                    "mend the partition table in the guest first, or cut all the same with --allow-data-loss"
+                }
+                _ => {
+                    "bring what is on the disk in order first (mount it in the guest, or have it checked there), or cut all \
+                     the same with --allow-data-loss"
+                }
+            };
             return Err(refused(what, hint));
         }
         Smallest::Unknown { reason } => {
