@@ -238,6 +238,47 @@ fn a_disk_inside_a_disk() {
     }
 }
 
+/// A file system in a partition of an MBR begins where the partition does, not where the disk does.
+fn a_partition_without_a_table() {
+    let directory = tempfile::tempdir().unwrap();
+    file_system(directory.path(), "ext4");
+    let (raw, part) = (directory.path().join("disk.raw"), directory.path().join("part.raw"));
+    std::fs::rename(&raw, &part).unwrap();
+    let file = File::options().create_new(true).write(true).open(&raw).unwrap();
+    file.set_len(302 * MIB).unwrap();
+    let source = File::open(&part).unwrap();
+    let mut buffer = vec![0; MIB as usize];
+    for mib in 0..300 {
+        source.read_exact_at(&mut buffer, mib * MIB).unwrap();
+        if buffer.iter().any(|byte| *byte != 0) {
+            file.write_all_at(&buffer, (mib + 1) * MIB).unwrap();
+        }
+    }
+    let mut record = [0; 512];
+    record[446 + 4] = 0x83;
+    record[446 + 8..446 + 12].copy_from_slice(&2048_u32.to_le_bytes());
+    record[446 + 12..446 + 16].copy_from_slice(&614_400_u32.to_le_bytes());
+    record[510..].copy_from_slice(&[0x55, 0xaa]);
+    file.write_all_at(&record, 0).unwrap();
+    image(directory.path());
+    let file = File::options().read(true).write(true).open(directory.path().join("disk.vhdx")).unwrap();
+    let (bat, _) = regions(&file);
+    zero(&file, bat, MIB);
+    let report = recovered(directory.path());
+    assert!(report.recognised.contains(&"MBR".to_owned()) && !report.is_certain(), "{report:?}");
+    let out = directory.path().join("out.raw");
+    assert_success(&qemu_img(&["convert", "-O", "raw", text(&directory.path().join("rescued.vhdx")), text(&out)]));
+    let (out, raw) = (File::open(out).unwrap(), File::open(&raw).unwrap());
+    // The record, and the superblocks at the beginning of groups of 8 MiB.
+    let groups = [0, 1, 3, 5, 7, 9, 25, 27].map(|group| MIB + group * 8 * MIB + 1024);
+    for offset in std::iter::once(0).chain(groups) {
+        let (mut one, mut other) = ([0; 1024], [0; 1024]);
+        out.read_exact_at(&mut one, offset).unwrap();
+        raw.read_exact_at(&mut other, offset).unwrap();
+        assert!(one == other && one != [0; 1024], "what lies at {offset:#x}");
+    }
+}
+
 /// QEMU's own images, broken and repaired in place, are what they were to QEMU; and put back they are what they were to the byte.
 fn repaired_in_place() {
     for number in 0..4 {
@@ -289,6 +330,7 @@ fn main() {
         }),
         Case::new("ext superblocks come to their places without a BAT", tools(), without_a_table),
         Case::new("QEMU's images are repaired in place", tools(), repaired_in_place),
+        Case::new("a partition without a table", tools(), a_partition_without_a_table),
         Case::new("a disk inside a disk", Needs::tools(&["qemu-img", "mkfs.ext4", "sgdisk"]), a_disk_inside_a_disk),
         Case::new(
             "XFS without the beginning of its image",

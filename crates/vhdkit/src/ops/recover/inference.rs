@@ -61,7 +61,7 @@ fn anchors(view: &View, signs: &[(u64, Sign)]) -> Result<Vec<(u64, u64)>> {
             Says::InFileSystem { .. } => {}
         }
     }
-    let disk_start = signatures::disk_start(signs, u64::MAX).filter(|start| start.is_gpt).map(|start| start.file);
+    let disk_start = signatures::disk_start(signs, u64::MAX).filter(|start| start.is_table).map(|start| start.file);
     let partitions = match disk_start {
         Some(start) => {
             let end = start.saturating_add(DISK_HEAD_BYTES).min(view.size());

@@ -282,7 +282,7 @@ impl Work<'_> {
         }
         let disk_size = self.geometry.disk_size();
         let begin = signatures::disk_start(&signs, disk_size);
-        let of_gpt = begin.map_or(Some(disk_size), |begin| begin.is_gpt.then_some(begin.disk_size));
+        let of_table = begin.map_or(Some(disk_size), |begin| begin.is_table.then_some(begin.disk_size));
         let (mut anchors, mut doubtful) = (Vec::new(), Vec::new());
         for (start, sign) in &signs {
             let file = start + sign.at;
@@ -290,8 +290,9 @@ impl Work<'_> {
                 // One of another disk than this is that of an image in a file of the guest, or was left behind.
                 Says::OnDisk { guest, what, disk_size } => {
                     self.recognised.insert((*what).to_owned());
-                    let checked = sign.checked && of_gpt == Some(*disk_size);
-                    let list = if checked { &mut anchors } else { &mut doubtful };
+                    let is_own = of_table == Some(*disk_size);
+                    let list = if is_own { &mut anchors } else { &mut doubtful };
+                    let checked = sign.checked && is_own;
                     list.push(Anchor { file, guest: *guest, checked });
                 }
                 Says::PartitionStart { guest, what, .. } => {
@@ -302,7 +303,7 @@ impl Work<'_> {
             }
         }
         self.by_anchors(&anchors);
-        let partitions = self.partitions(begin.filter(|begin| begin.is_gpt).map(|begin| begin.file))?;
+        let partitions = self.partitions(begin.filter(|begin| begin.is_table).map(|begin| begin.file))?;
         let mut within: Vec<&(u64, Sign)> =
             signs.iter().filter(|(_, sign)| matches!(sign.says, Says::InFileSystem { .. })).collect();
         // The larger one first, as above.

@@ -3,6 +3,7 @@
 //! | What | Where it says so | Checked by |
 //! |---|---|---|
 //! | GPT header, primary and backup | its own block number | CRC-32 |
+//! | MBR with partitions | that it is the beginning | partitions that can be |
 //! | ext2/3/4 superblock and its copies | number of the block group, blocks in a group | CRC-32C where the file system has it |
 //! | XFS superblock of each allocation group, with the header behind it | number of the group, blocks in a group | CRC-32C (version 5) |
 //! | NTFS, FAT, exFAT boot sector | sectors before the partition | the signature alone |
@@ -111,7 +112,8 @@ pub(super) struct DiskStart {
     /// Where that is in the file.
     pub(super) file: u64,
     pub(super) disk_size: u64,
-    pub(super) is_gpt: bool,
+    /// A partition table, and not a file system.
+    pub(super) is_table: bool,
     pub(super) what: &'static str,
 }
 
@@ -119,16 +121,16 @@ pub(super) struct DiskStart {
 /// guest may keep images of smaller disks in its files.
 pub(super) fn disk_start(signs: &[(u64, Sign)], limit: u64) -> Option<DiskStart> {
     let starts = signs.iter().filter_map(|(start, sign)| {
-        let (guest, disk_size, is_gpt, what) = match sign.says {
+        let (guest, disk_size, is_table, what) = match sign.says {
             Says::OnDisk { guest, disk_size, what } if guest < MIB => (guest, disk_size, true, what),
             Says::InFileSystem { offset: guest @ 0..=1024, size, what, .. } => (guest, size, false, what),
             Says::PartitionStart { guest: 0, size, what } => (0, size, false, what),
             _ => return None,
         };
         let file = (start + sign.at).checked_sub(guest)?;
-        Some(DiskStart { file, disk_size, is_gpt, what })
+        Some(DiskStart { file, disk_size, is_table, what })
     });
-    starts.filter(|start| start.disk_size <= limit).max_by_key(|start| (start.disk_size, start.is_gpt))
+    starts.filter(|start| start.disk_size <= limit).max_by_key(|start| (start.disk_size, start.is_table))
 }
 
 /// Everything in the first and last [`HEAD_BYTES`] of a MiB, which has `length` bytes.
@@ -144,7 +146,31 @@ pub(super) fn find(head: &[u8], tail: &[u8], length: u64) -> Vec<Sign> {
     found.extend(ext(head, 1024));
     found.extend(xfs(head));
     found.extend(boot_sector(head));
+    found.extend(master_boot_record(head));
     found
+}
+
+/// A master boot record with partitions, which lies at the beginning of a disk that reaches to the end of the last one at
+/// least. One that only protects a GPT says nothing, nor does a boot sector that is also one of a file system.
+fn master_boot_record(head: &[u8]) -> Option<Sign> {
+    if le16(head, 510)? != 0xaa55 || boot_sector(head).is_some() || head.get(512..520)? == b"EFI PART" {
+        return None;
+    }
+    let mut ends = Vec::new();
+    for index in 0..4 {
+        let entry = head.get(446 + index * 16..462 + index * 16)?;
+        let (status, kind, first, count) = (*entry.first()?, *entry.get(4)?, le32(entry, 8)?, le32(entry, 12)?);
+        match (kind, status) {
+            (0, _) => {}
+            (0xee, _) => return None,
+            (_, 0 | 0x80) if first > 0 && count > 0 => ends.push((first, first + count)), // 32-bit numbers
+            _ => return None,
+        }
+    }
+    ends.sort_unstable();
+    let overlap = ends.windows(2).any(|pair| pair.first().zip(pair.last()).is_some_and(|(one, next)| one.1 > next.0));
+    let size = ends.last()?.1 * 512;
+    (!overlap).then_some(Sign { at: 0, says: Says::OnDisk { guest: 0, disk_size: size, what: "MBR" }, checked: false })
 }
 
 /// The primary GPT header, one sector behind the beginning of the disk.
