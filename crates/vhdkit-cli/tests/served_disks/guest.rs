@@ -129,6 +129,11 @@ impl Guest {
         }
     }
 
+    /// Hears what it has said so far.
+    pub(crate) fn hear_so_far(&self, promises: &mut Promises) {
+        self.lines.try_iter().for_each(|line| promises.hear(&line));
+    }
+
     /// Cuts its power, and hears what it said before.
     pub(crate) fn cut(mut self, promises: &mut Promises) {
         kill(&mut self.qemu);

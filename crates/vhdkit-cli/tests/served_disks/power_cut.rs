@@ -85,10 +85,13 @@ fn power_cuts(plan: Plan) {
             guest.cut(&mut promises);
             continue;
         }
+        guest.hear_so_far(&mut promises);
+        promises.note("the server is killed");
         server.kill();
         if cut == Cut::Server {
             std::thread::sleep(Duration::from_millis(300));
         }
+        promises.note("and has been dead for a while when the guest is cut");
         guest.cut(&mut promises);
         if plan.child && image == "base.vhdx" {
             // From here on the parent stays as it is.
@@ -114,7 +117,7 @@ fn judge_guest(guest: &Guest, promises: &Promises, boot: usize) {
     let found = guest.found();
     assert_eq!(found.recovered, boot > 0, "boot {boot}: {}", guest.console());
     let wrong = promises.judge(&found.files);
-    assert!(wrong.is_empty(), "boot {boot}: {wrong:#?}");
+    assert!(wrong.is_empty(), "boot {boot}:\n{}", wrong.join("\n"));
 }
 
 pub(crate) fn cases() -> Vec<Case> {
