@@ -246,3 +246,30 @@ fn a_last_block_without_its_place_is_found_in_order() {
         );
     }
 }
+
+/// A header of a GPT on a disk of so many sectors of 512 bytes (UEFI specification 5.3.2).
+fn gpt_header(sectors: u64) -> Vec<u8> {
+    let mut header = b"EFI PART\0\0\x01\0\x5c\0\0\0\0\0\0\0\0\0\0\0".to_vec();
+    for number in [1, sectors - 1, 34, sectors - 34] {
+        header.extend(number.to_le_bytes());
+    }
+    header.resize(92, 0);
+    let sum = header.iter().fold(u32::MAX, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 })
+    });
+    header[16..20].copy_from_slice(&(!sum).to_le_bytes());
+    header
+}
+
+/// A disk that grew, and whose GPT was left behind: without metadata the entries tell how large it is.
+#[test]
+fn a_table_that_was_left_behind_does_not_cut_the_disk() {
+    let builder = dynamic().block(0, BlockSpec::present(Content::pattern(50)));
+    let layout = builder.build().layout;
+    let builder = builder.patch(layout.payload_block(0) + 512, &gpt_header(16_384));
+    let image = builder.patch(layout.metadata, &vec![0; MIB as usize]).build();
+    let (report, _) = recovered(&image, &RecoverOptions::default());
+    assert_eq!((report.block_size, report.disk_size), (2 * MIB, 22 * MIB), "{report:?}");
+    let size = report.parts.iter().find(|part| part.name == "disk size").unwrap();
+    assert!(size.detail.contains("GPT") && !report.is_certain(), "{report:?}");
+}

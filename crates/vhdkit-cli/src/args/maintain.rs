@@ -43,8 +43,8 @@ pub(crate) struct ChildrenArgs {
 /// Up to 64 TiB. What a larger disk adds reads as zero; the guest then makes its partitions and file systems larger. A disk is made
 /// smaller only as far as no partition and no file system is cut off; what lies outside of them is, and the report says so. Where
 /// they are not understood, everything behind the new end has to be zero, and a file system that is not in order has to be mended
-/// first. The backup of a GPT, which lies at the end of the disk, is named and, on request, moved, also later (the same size again). Children of the image do not accept it as
-/// their parent any more; when there are any, this is refused.
+/// first. The backup of a GPT, which lies at the end of the disk, is named and, on request, moved, also later (the same size
+/// again). Children of the image do not accept it as their parent any more; when there are any, this is refused.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   vhdkit resize disk.vhdx 100G

@@ -350,7 +350,7 @@ fn sizes(
     let known = options.disk_size.or(in_metadata);
     let disk_size = match known {
         Some(size) => size,
-        None => inferred_disk_size(found, options, contents, (entries_size, bat_start), notes)?,
+        None => inferred_disk_size(found, options, contents, (block_size, entries_size, bat_start), notes)?,
     };
     let disk_size = round_up(disk_size, u64::from(logical)).unwrap_or(disk_size).min(DISK_SIZE_MAX);
     let geometry = Geometry::new(disk_size, block_size, logical, has_parent);
@@ -401,17 +401,14 @@ fn inferred_disk_size(
     found: &Structures,
     options: &RecoverOptions<'_>,
     contents: inference::ByContents,
-    (entries_size, bat_start): (u64, Option<u64>),
+    (block_size, entries_size, bat_start): (u32, u64, Option<u64>),
     notes: &mut Notes,
 ) -> Result<u64> {
     let by_beginning = if contents.disk_size.is_none() { size_by_contents(found, bat_start)? } else { None };
     let by_contents = contents.disk_size.or(by_beginning).filter(|(size, ..)| *size <= DISK_SIZE_MAX);
     if let Some((size, certainty, what)) = by_contents {
         // The last block may reach over the end of the disk.
-        let block = u64::from(
-            found.parameters.block_size.or(options.block_size).unwrap_or(crate::format::geometry::BLOCK_SIZE_MAX),
-        );
-        if entries_size < size.saturating_add(block) {
+        if entries_size < size.saturating_add(u64::from(block_size)) {
             notes.part("disk size", certainty, format!("{size} bytes, by the {what} on it"));
             return Ok(size);
         }
@@ -423,8 +420,8 @@ fn inferred_disk_size(
         notes.part("disk size", Certainty::Guessed, "the parent's");
         return Ok(parent.size().max(entries_size));
     }
-    let block_size = found.parameters.block_size.or(options.block_size);
-    if entries_size == 0 && block_size.is_none() && bat_start.is_none() {
+    let is_block_size_known = found.parameters.block_size.or(options.block_size).is_some();
+    if entries_size == 0 && !is_block_size_known && bat_start.is_none() {
         let error = Error::new(ErrorKind::Truncated, "nothing in this file tells where on a disk its data belongs");
         return Err(error.with_hint("get another copy of it; if you know the size of the disk, give it with --size"));
     }
