@@ -39,8 +39,12 @@ pub(crate) fn broken_by_writing(context: &Context, of: &Layer, args: &ChildrenAr
     if args.break_children {
         return Ok(Vec::new());
     }
-    let children = children(context, of, &args.child)?;
-    Ok(children.found.iter().filter(|child| child.breaks_by_writing()).map(|child| show::path(&child.path)).collect())
+    Ok(names_of_broken(&children(context, of, &args.child)?))
+}
+
+/// The names of those that a change of the disk breaks, safe to print.
+pub(crate) fn names_of_broken(children: &Children) -> Vec<String> {
+    children.found.iter().filter(|child| child.breaks_by_writing()).map(|child| show::path(&child.path)).collect()
 }
 
 /// Refuses when a change of the disk breaks children.

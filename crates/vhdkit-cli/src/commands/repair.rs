@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use vhdkit::format::finding::Severity;
 use vhdkit::ops::chain::{ParentFile, directory_of};
 use vhdkit::ops::check::CheckReport;
-use vhdkit::ops::repair::{RepairOptions, RepairPlan, Restored, apply, is_spent, plan, plan_restore, restore};
+use vhdkit::ops::repair::{RepairOptions, RepairPlan, Restored, apply, plan, plan_restore, restore};
 use vhdkit::storage::{FileAccess, FileStorage, NewFile, NewFileOptions, Sharing, Storage};
 use vhdkit::text::escape;
 use vhdkit::{Error, ErrorKind};
@@ -96,8 +96,8 @@ fn refused_for_children(what: String, image: &Path) -> Failure {
 
 /// Children that do not accept the image any more once it is mended.
 fn broken_children(context: &Context, args: &RepairArgs, of: &ParentFile) -> Result<Vec<String>, Failure> {
-    let found = dependents::children_of(context, of, &[directory_of(&args.image)], &args.children.child)?.found;
-    Ok(found.iter().filter(|child| child.breaks_by_writing()).map(|child| show::path(&child.path)).collect())
+    let own = [directory_of(&args.image)];
+    Ok(dependents::names_of_broken(&dependents::children_of(context, of, &own, &args.children.child)?))
 }
 
 fn open(context: &Context, path: &Path, write: bool) -> Result<Arc<dyn Storage>, Failure> {
@@ -200,9 +200,10 @@ fn is_spent_record(context: &Context, storage: &Arc<dyn Storage>, record: &Path)
     }
     let old = FileStorage::open(record, FileAccess::Read, Sharing::ForceShare)?;
     let bar = Bar::new("comparing with the record that is there", &context.ui, &context.interrupt);
-    match is_spent(storage.as_ref(), &old, &bar) {
-        Ok(spent) => Ok(spent && storage.identity() != old.identity()),
-        Err(error) if error.kind() == ErrorKind::InvalidArgument => Ok(false), // some other file
+    match plan_restore(storage.as_ref(), &old, &bar) {
+        Ok(all) => Ok(all.bytes == 0 && all.file_size_before == all.file_size_after),
+        // Some other file, or the record of another image.
+        Err(error) if matches!(error.kind(), ErrorKind::InvalidArgument | ErrorKind::Refused) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }

@@ -36,7 +36,7 @@ use crate::storage::{Storage, is_resizable};
 use draft::Draft;
 
 pub use apply::apply;
-pub use undo::{Restored, UndoReport, is_spent, plan_restore, restore};
+pub use undo::{Restored, UndoReport, plan_restore, restore};
 
 /// How to repair.
 #[derive(Clone, Copy, Debug)]

@@ -151,7 +151,7 @@ pub fn restore(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progres
     Ok(Restored { bytes, file_size_before: length, file_size_after: header.old_length, data_write_guid })
 }
 
-/// What [`restore`] would do. Nothing is written.
+/// What [`restore`] would do: no bytes and the same length where there is nothing to put back any more. Nothing is written.
 ///
 /// # Errors
 /// As [`restore`], but for writing.
@@ -196,29 +196,6 @@ fn judge(
         compare(piece, sums, old, &now)
     })?;
     Ok((header, length, newest.map(|header| header.data_write_guid)))
-}
-
-/// Whether an undo record has nothing to put back: the image is what it was before the repair, as after [`restore`], or when
-/// the repair did not come to its first write.
-///
-/// # Errors
-/// [`InvalidArgument`](ErrorKind::InvalidArgument) for a record that is none or not whole,
-/// [`Cancelled`](ErrorKind::Cancelled), and when reading fails.
-pub fn is_spent(storage: &dyn Storage, undo: &dyn Storage, progress: &dyn Progress) -> Result<bool> {
-    let header = open(undo)?;
-    let length = storage.len().map_err(|error| Error::io("cannot tell the length of the image", error))?;
-    if length != header.old_length {
-        return Ok(false);
-    }
-    let mut same = true;
-    for_each_piece(undo, &header, &mut |position, piece, _, old| {
-        advance(progress, position, Some(header.body_length))?;
-        let mut now = vec![0; old.len()];
-        read_extended(storage, length, &mut now, piece.offset)?;
-        same &= now == old;
-        Ok(())
-    })?;
-    Ok(same)
 }
 
 fn foreign(what: &str) -> Error {
